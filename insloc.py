@@ -228,26 +228,31 @@ class Unreadable(Exception):
 
 
 class PathList:
-    """A list of paths packed into two tensors, to read by index.
+    """A list of paths, relative to `root` or absolute, packed into two tensors; reads like a list.
 
     A Python list of 1.3 million strings is copied page by page into every forked worker as its reference counts change; two
     tensors are shared. Bytes, since a file name need not be UTF-8.
     """
 
-    def __init__(self, paths):
+    def __init__(self, paths, root=""):
         encoded = [os.fsencode(path) for path in paths]
+        self.root = root
         self.data = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8))
         self.ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
 
     def __len__(self):
         return len(self.ends)
 
-    def __getitem__(self, index):
+    def name(self, index):
+        """Bytes, as listed."""
         start = self.ends[index - 1].item() if index else 0
-        return os.fsdecode(self.data[start:self.ends[index].item()].numpy().tobytes())
+        return self.data[start:self.ends[index].item()].numpy().tobytes()
+
+    def __getitem__(self, index):
+        return os.path.join(self.root, os.fsdecode(self.name(index)))
 
     def digest(self):
-        """Eight hex digits that tell two lists apart."""
+        """Eight hex digits that tell two lists apart, wherever their roots are."""
         return hashlib.sha256(self.data.numpy().tobytes() + self.ends.numpy().tobytes()).hexdigest()[:8]
 
 
@@ -257,6 +262,8 @@ def read_image(path):
     JPEG by torchvision, anything else (and what that refuses) by Pillow. EXIF rotation is ignored, as ImageFolder does.
     Any exception means that the file cannot be used.
     """
+    if not os.path.isfile(path):                                        # a pipe or a device would block for ever
+        raise OSError(f"{path}: not a file")
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
         try:
