@@ -1,21 +1,23 @@
-"""InsLoc: Instance Localization for Self-supervised Detection Pretraining (arXiv 2102.08318), the method in one module.
+"""InsLoc: Instance Localization for Self-supervised Detection Pretraining (arXiv 2102.08318), the method in
+one module.
 
 The sections stand in the order in which data meets them:
 
-    1 sampling and pasting      file -> two crops and a background -> composites and boxes           Sec. 4.1, Eq. 3-4
-    2 box jitter                true box -> an anchor that overlaps it                               Sec. 4.2
-    3 photometric augmentation  MoCo v2's, on whole tensors, inside the boxes                        Sec. 5
-    4 dataset and groups        what a loader worker does, from the file to one BatchNorm group
-    5 encoders                  composite and box -> embeddings, R50-C4 and R50-FPN                  Sec. 4.3, Eq. 5-6
-    6 contrast                  queue of keys, InfoNCE, momentum update                              Eq. 2
-    7 weights                   any system's checkpoint -> torchvision's and detectron2's names
+    1 sampling and pasting      file -> two crops and a background -> composites and boxes           Sec. 4.1,
+    Eq. 3-4 2 box jitter                true box -> an anchor that overlaps it
+    Sec. 4.2 3 photometric augmentation  MoCo v2's, on whole tensors, inside the boxes
+    Sec. 5 4 dataset and groups        what a loader worker does, from the file to one BatchNorm group 5
+    encoders                  composite and box -> embeddings, R50-C4 and R50-FPN                  Sec. 4.3,
+    Eq. 5-6 6 contrast                  queue of keys, InfoNCE, momentum update
+    Eq. 2 7 weights                   any system's checkpoint -> torchvision's and detectron2's names
 
-Nothing here knows of processes, devices or command lines, and importing it does nothing: pretrain.py holds the loop. Every random
-draw takes an explicit generator. Most functions and classes can be copied out alone; the others name what they need ("needs:").
+Nothing here knows of processes, devices or command lines, and importing it does nothing: pretrain.py holds
+the loop. Every random draw takes an explicit generator. Most functions and classes can be copied out alone;
+the others name what they need ("needs:").
 
-Letters in shapes: N images of a group, S side of the square canvas in pixels, A anchors, L feature levels, D embedding width,
-K queue size, B keys of a step. Sizes are always (h, w). Boxes are float xyxy in pixels, half-open: x1 = left edge,
-x2 = right edge, so a pasted (h, w) crop has x2 - x1 = w.
+Letters in shapes: N images of a group, S side of the square canvas in pixels, A anchors, L feature levels, D
+embedding width, K queue size, B keys of a step. Sizes are always (h, w). Boxes are float xyxy in pixels,
+half-open: x1 = left edge, x2 = right edge, so a pasted (h, w) crop has x2 - x1 = w.
 """
 import hashlib
 import io
@@ -32,19 +34,20 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork, box_iou, roi_align
 from torchvision.transforms.v2 import functional as TF
 
-PIXEL_MEAN = (0.485, 0.456, 0.406)      # RGB in [0, 1], ImageNet's, as every ImageNet backbone of torchvision has it
+PIXEL_MEAN = (0.485, 0.456, 0.406)      # RGB in [0, 1], ImageNet's, as torchvision's backbones have it
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1  Sampling and pasting (Sec. 4.1)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def generator_for(*key):
     """A CPU generator whose stream is decided by `key` alone (ints and strings).
 
-    Seeding by (seed, epoch, sample) instead of by process makes every draw independent of the number of ranks and of workers, and
-    of where a run was stopped and resumed. Hashed, since neighbouring integers are poor seeds.
+    Seeding by (seed, epoch, sample) instead of by process makes every draw independent of the number of ranks
+    and of workers, and of where a run was stopped and resumed. Hashed, since neighbouring integers are poor
+    seeds.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -53,12 +56,14 @@ def generator_for(*key):
 def crop_box(height, width, scale=(0.2, 1.0), ratio=(0.5, 2.0), generator=None):
     """Where the random crop lies in an image of (height, width) pixels: (top, left, h, w), ints.
 
-    Area fraction U(scale), aspect w / h log-uniform in `ratio`. After ten tries that do not fit into the image, the largest centre
-    crop with an allowed aspect, as torchvision's RandomResizedCrop does. [paper: "random crop"; ranges: released code]
+    Area fraction U(scale), aspect w / h log-uniform in `ratio`. After ten tries that do not fit into the
+    image, the largest centre crop with an allowed aspect, as torchvision's RandomResizedCrop does. [paper:
+    "random crop"; ranges: released code]
     """
     for _ in range(10):
         area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
-        aspect = math.exp(torch.empty(1).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).item())
+        log_aspect = torch.empty(1).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
+        aspect = log_aspect.exp().item()
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             top = torch.randint(0, height - h + 1, (1,), generator=generator).item()
@@ -70,7 +75,8 @@ def crop_box(height, width, scale=(0.2, 1.0), ratio=(0.5, 2.0), generator=None):
 
 
 def paste(background, foreground, top, left):
-    """The composition C of Eq. 3-4: (3, S, S) background, (3, h, w) foreground -> new composite (3, S, S), box (4,) float32.
+    """The composition C of Eq. 3-4: (3, S, S) background, (3, h, w) foreground -> new composite (3, S, S),
+    box (4,) float32.
 
     Any dtype; the inputs stay untouched. ValueError if the foreground leaves the canvas.
     """
@@ -83,30 +89,33 @@ def paste(background, foreground, top, left):
     return composite, torch.tensor([left, top, left + w, top + h], dtype=torch.float32)              # Eq. 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2  Box jitter (Sec. 4.2, Fig. 3)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def grid_anchors(image_size=256, stride=16, sizes=(32, 64, 128, 256), ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
-    """RPN's anchors on a square canvas: (A, 4) float32, order row, column, size, ratio; A = 5120 for the defaults.
+    """RPN's anchors on a square canvas: (A, 4) float32, order row, column, size, ratio; A = 5120 for the
+    defaults.
 
-    ratio = h / w at area size**2. Centres at 0, stride, 2 stride, ...; boxes are not clipped. [values: released code]
+    ratio = h / w at area size**2. Centres at 0, stride, 2 stride, ...; boxes are not clipped. [values:
+    released code]
     """
-    size, ratio = torch.tensor(sizes, dtype=torch.float64)[:, None], torch.tensor(ratios, dtype=torch.float64)[None, :]
+    size = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    ratio = torch.tensor(ratios, dtype=torch.float64)[None, :]
     half_h, half_w = (size * ratio.sqrt() / 2).flatten(), (size / ratio.sqrt() / 2).flatten()
-    cell = torch.stack([-half_w, -half_h, half_w, half_h], dim=1)                                # (sizes * ratios, 4)
+    cell = torch.stack([-half_w, -half_h, half_w, half_h], dim=1)                        # (sizes * ratios, 4)
     centre = torch.arange(0, image_size, stride, dtype=torch.float64)
     y, x = torch.meshgrid(centre, centre, indexing="ij")
-    shift = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)                                  # (rows * columns, 1, 4)
+    shift = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)                       # (rows * columns, 1, 4)
     return (shift + cell).reshape(-1, 4).float()
 
 
 def jitter_boxes(boxes, anchors, min_iou=0.5, generator=None):
     """Each box (N, 4) is replaced by one of the anchors (A, 4) with IoU > min_iou, uniformly chosen: (N, 4).
 
-    Only the query's box is jittered: pooled features must then say "the instance" although the box also covers background.
-    A box that no anchor matches gets the anchor of highest IoU. DIVERGES: the release thins the matches by NMS with random
-    scores first; the paper does not mention it.
+    Only the query's box is jittered: pooled features must then say "the instance" although the box also
+    covers background. A box that no anchor matches gets the anchor of highest IoU. DIVERGES: the release
+    thins the matches by NMS with random scores first; the paper does not mention it.
     """
     iou = box_iou(boxes, anchors)                                                                # (N, A)
     weights = (iou > min_iou).float()
@@ -115,23 +124,27 @@ def jitter_boxes(boxes, anchors, min_iou=0.5, generator=None):
     return anchors[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3  Photometric augmentation (Sec. 5 "data augmentation", MoCo v2's) on whole tensors
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def photometric_params(n, generator=None):
     """MoCo v2's augmentation drawn for n images: a dict of CPU tensors, one row an image.
 
-    order (n, 4) long: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first, second, ...; brightness, contrast,
-    saturation (n,) factors in [0.6, 1.4] and hue (n,) in [-0.1, 0.1], as torchvision's adjust_* functions take them;
-    jitter (p .8), gray (p .2), flip (p .5) (n,) bool; sigma (n,) in pixels, U(.1, 2) with p .5, else 0 = no blur.
+    order (n, 4) long: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first, second, ...;
+    brightness, contrast, saturation (n,) factors in [0.6, 1.4] and hue (n,) in [-0.1, 0.1], as torchvision's
+    adjust_* functions take them; jitter (p .8), gray (p .2), flip (p .5) (n,) bool; sigma (n,) in pixels,
+    U(.1, 2) with p .5, else 0 = no blur.
     """
     def uniform(low, high):
         return torch.empty(n).uniform_(low, high, generator=generator)
 
     return {
         "order": torch.rand(n, 4, generator=generator).argsort(dim=1),
-        "brightness": uniform(0.6, 1.4), "contrast": uniform(0.6, 1.4), "saturation": uniform(0.6, 1.4), "hue": uniform(-0.1, 0.1),
+        "brightness": uniform(0.6, 1.4),
+        "contrast": uniform(0.6, 1.4),
+        "saturation": uniform(0.6, 1.4),
+        "hue": uniform(-0.1, 0.1),
         "jitter": uniform(0, 1) < 0.8,
         "gray": uniform(0, 1) < 0.2,
         "sigma": uniform(0.1, 2.0) * (uniform(0, 1) < 0.5),
@@ -140,35 +153,37 @@ def photometric_params(n, generator=None):
 
 
 def photometric(images, params, boxes=None):
-    """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] by `photometric_params`: new images, boxes.
+    """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] by `photometric_params`: new
+    images, boxes.
 
-    With boxes (N, 4), on whole pixels, everything happens inside them as if each were an image of its own, and not one pixel
-    outside changes; a flip turns the inside round and leaves the box where it is. With None the whole images are augmented.
-    Keep the parameters on the CPU: which samples an operation takes is decided there, so that no line waits for a GPU.
-    DIVERGES: the release augments the composite (`--aug-on composite`); the paper says foreground.
+    With boxes (N, 4), on whole pixels, everything happens inside them as if each were an image of its own,
+    and not one pixel outside changes; a flip turns the inside round and leaves the box where it is. With None
+    the whole images are augmented. Keep the parameters on the CPU: which samples an operation takes is
+    decided there, so that no line waits for a GPU. DIVERGES: the release augments the composite (`--aug-on
+    composite`); the paper says foreground.
     """
     n, _, height, width = images.shape
     device, dtype = images.device, images.dtype
-    images = images.contiguous()                                        # plane by plane: twice as fast as pixel by pixel
-    column = torch.arange(width, device=device)
+    images = images.contiguous()                             # plane by plane: twice as fast as pixel by pixel
     if boxes is None:
-        inside_x, inside_y = (torch.ones(n, size, dtype=torch.bool, device=device) for size in (width, height))
-        x1, x2 = torch.zeros(n, 1, device=device, dtype=torch.long), torch.full((n, 1), width, device=device)
+        boxes_or_all = torch.tensor([[0, 0, width, height]], device=device).expand(n, 4)
     else:
-        x1, y1, x2, y2 = boxes.to(device).round().long().split(1, dim=1)                         # (N, 1) each
-        row = torch.arange(height, device=device)
-        inside_x, inside_y = (column >= x1) & (column < x2), (row >= y1) & (row < y2)            # (N, W), (N, H)
-    mask = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]                                # (N, 1, H, W)
+        boxes_or_all = boxes.to(device).round().long()
+    x1, y1, x2, y2 = boxes_or_all.split(1, dim=1)                                           # (N, 1) each
+    column, row = torch.arange(width, device=device), torch.arange(height, device=device)
+    inside_x, inside_y = (column >= x1) & (column < x2), (row >= y1) & (row < y2)           # (N, W), (N, H)
+    mask = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]                               # (N, 1, H, W)
     area = mask.sum(dim=(2, 3), keepdim=True, dtype=dtype)
 
-    def to_gray(x):                                                                              # ITU-R 601 luma
+    def to_gray(x):                                                                           # ITU-R 601 luma
         return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
-    def per_image(x):                                                                            # (N,) -> (N, 1, 1, 1)
+    def per_image(x):                                                                   # (N,) -> (N, 1, 1, 1)
         return x.to(device=device, dtype=dtype)[:, None, None, None]
 
-    # Brightness, contrast and saturation blend an image with black, with its mean gray and with its gray version: one affine map
-    # x -> a x + b gray(x) + c mean(gray(x)), clamped; a sample whose turn it is for hue (or that has no jitter) has a=1, b=c=0.
+    # Brightness, contrast and saturation blend an image with black, with its mean gray and with its gray
+    # version: one affine map x -> a x + b gray(x) + c mean(gray(x)), clamped; a sample whose turn it is for
+    # hue (or that has no jitter) has a=1, b=c=0.
     x, jitter, order = images, params["jitter"], params["order"]
     for turn in range(4):
         brightness, contrast, saturation, hue = (jitter & (order[:, turn] == op) for op in range(4))
@@ -186,21 +201,22 @@ def photometric(images, params, boxes=None):
 
     x = torch.where(per_image(params["gray"]) > 0, to_gray(x), x)
 
-    # A blur is linear and separable: one matrix for the rows, one for the columns, each with 17 taps. Weights that fall outside
-    # the box are dropped and the others renormalised, so nothing of the background leaks in (torchvision mirrors there instead).
+    # A blur is linear and separable: one matrix for the rows, one for the columns, each with 17 taps. Weights
+    # that fall outside the box are dropped and the others renormalised, so nothing of the background leaks in
+    # (torchvision mirrors there instead).
     which = (params["sigma"] > 0).nonzero().squeeze(1)
     if len(which):
         index = which.to(device)
 
-        def blur_matrix(inside):                                                                 # (n, X) -> (n, X, X)
+        def blur_matrix(inside):                                                         # (n, X) -> (n, X, X)
             position = torch.arange(inside.shape[1], device=device, dtype=dtype)
             distance = position[:, None] - position[None, :]
             weight = torch.exp(-0.5 * (distance.clamp(-9, 9) / per_image(params["sigma"][which])[:, 0]) ** 2)
             weight = weight * (distance.abs() <= 8) * inside[index][:, None, :]
             return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-12)
 
-        rows, columns = blur_matrix(inside_y)[:, None], blur_matrix(inside_x)[:, None]           # (n, 1, H, H), (n, 1, W, W)
-        x[index] = rows @ x[index] @ columns.transpose(2, 3)
+        blur_y, blur_x = blur_matrix(inside_y)[:, None], blur_matrix(inside_x)[:, None]     # (n, 1, H, H), (n, 1, W, W)
+        x[index] = blur_y @ x[index] @ blur_x.transpose(2, 3)
 
     flipped = torch.where(inside_x & params["flip"].to(device)[:, None], x1 + x2 - 1 - column, column)
     x = x.gather(3, flipped[:, None, None, :].expand_as(x))
@@ -208,20 +224,22 @@ def photometric(images, params, boxes=None):
 
 
 def shift_hue(x, turn):
-    """Hue of x (N, 3, H, W) in [0, 1] turned by `turn` (N, 1, 1, 1) full circles: RGB -> HSV -> RGB in closed form."""
+    """Hue of x (N, 3, H, W) in [0, 1] turned by `turn` (N, 1, 1, 1) full circles: RGB -> HSV -> RGB."""
     value, chroma = x.amax(dim=1, keepdim=True), x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
     safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
     r, g, b = x.split(1, dim=1)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    # Each channel falls from `value` by `chroma` over one sixth of the circle; red, green and blue stand 5, 3 and 1 sixths ahead.
+    hue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)              # in sixths of the circle
+    hue = torch.where(value == r, (g - b) / safe, hue)
+    # Each channel falls from `value` by `chroma` over one sixth of the circle; red, green and blue stand 5, 3
+    # and 1 sixths ahead.
     ahead = torch.tensor([5, 3, 1], device=x.device, dtype=x.dtype)[:, None, None]
     k = (ahead + hue + 6 * turn) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4  Dataset and groups: the work of a loader worker
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Unreadable(Exception):
     """Too many files in a row cannot be read: the data is gone, not merely damaged."""
@@ -230,8 +248,8 @@ class Unreadable(Exception):
 class PathList:
     """A list of paths, relative to `root` or absolute, packed into two tensors; reads like a list.
 
-    A Python list of 1.3 million strings is copied page by page into every forked worker as its reference counts change; two
-    tensors are shared. Bytes, since a file name need not be UTF-8.
+    A Python list of 1.3 million strings is copied page by page into every forked worker as its reference
+    counts change; two tensors are shared. Bytes, since a file name need not be UTF-8.
     """
 
     def __init__(self, paths, root=""):
@@ -257,41 +275,45 @@ class PathList:
 
 
 def read_image(path):
-    """An image file as uint8 (3, H, W), RGB, in the decoder's memory order (pixel by pixel), which crops and resizes fastest.
+    """An image file as uint8 (3, H, W), RGB, in the decoder's memory order (pixel by pixel), which crops and
+    resizes fastest.
 
-    JPEG by torchvision, anything else (and what that refuses) by Pillow. EXIF rotation is ignored, as ImageFolder does.
-    Any exception means that the file cannot be used.
+    JPEG by torchvision, anything else (and what that refuses) by Pillow. EXIF rotation is ignored, as
+    ImageFolder does. Any exception means that the file cannot be used.
     """
-    if not os.path.isfile(path):                                        # a pipe or a device would block for ever
+    if not os.path.isfile(path):                                     # a pipe or a device would block for ever
         raise OSError(f"{path}: not a file")
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
         try:
             return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
         except RuntimeError:
-            pass                                                        # a rare kind of JPEG, or a broken one: Pillow decides
+            pass                                        # a rare kind of JPEG, or a broken one: Pillow decides
     with PIL.Image.open(io.BytesIO(data.numpy())) as image:
-        if image.mode.startswith("I"):                                  # 16 bits a pixel: Pillow would clip, not scale
+        if image.mode.startswith("I"):                         # 16 bits a pixel: Pillow would clip, not scale
             image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 class Views(torch.utils.data.Dataset):
-    """Eq. 3-4 up to the pasting: an image is decoded once and gives two random resized crops and itself as a background.
+    """Eq. 3-4 up to the pasting: an image is decoded once and gives two random resized crops and itself as a
+    background.
 
-    Items are asked for by key (epoch, step, group, index), see `batches`; an item is a dict: view_q, view_k uint8 (3, h, w),
-    background uint8 (3, S, S), source (the image's index), damaged (indices that could not be read), key.
+    Items are asked for by key (epoch, step, group, index), see `batches`; an item is a dict: view_q, view_k
+    uint8 (3, h, w), background uint8 (3, S, S), source (the image's index), damaged (indices that could not
+    be read), key.
 
-    fg_size: (low, high), both included, of the sides that a crop is resized to; None: (S, S), no background needed (moco, ra).
-    keep_aspect: fit the crop into the drawn sides instead of stretching it to them, as released.
-    dataset_backgrounds: decode two more images for the backgrounds, as released, instead of taking the group's.
-    A file that cannot be read is replaced by another one, drawn from the sample's own generator.       needs: crop_box, read_image
+    fg_size: (low, high), both included, of the sides that a crop is resized to; None: (S, S), no background
+    needed (moco, ra). keep_aspect: fit the crop into the drawn sides instead of stretching it to them, as
+    released. dataset_backgrounds: decode two more images for the backgrounds, as released, instead of taking
+    the group's. A file that cannot be read is replaced by another one, drawn from the sample's own generator.
+    needs: crop_box, read_image
     """
 
     def __init__(self, paths, seed=0, image_size=256, fg_size=(128, 256), ratio=(0.5, 2.0), keep_aspect=False,
                  dataset_backgrounds=False):
-        self.paths, self.seed, self.image_size, self.fg_size, self.ratio = paths, seed, image_size, fg_size, ratio
-        self.keep_aspect, self.dataset_backgrounds = keep_aspect, dataset_backgrounds
+        self.paths, self.seed, self.image_size, self.fg_size = paths, seed, image_size, fg_size
+        self.ratio, self.keep_aspect, self.dataset_backgrounds = ratio, keep_aspect, dataset_backgrounds
 
     def __len__(self):
         return len(self.paths)
@@ -300,7 +322,7 @@ class Views(torch.utils.data.Dataset):
         for _ in range(10):
             try:
                 return read_image(self.paths[index]), index
-            except Exception:                   # decoders fail in many ways; what is lost is counted and named by the caller
+            except Exception:    # decoders fail in many ways; what is lost is counted and named by the caller
                 damaged.append(index)
                 index = torch.randint(len(self.paths), (1,), generator=generator).item()
         raise Unreadable(f"ten files in a row cannot be read, the last one {self.paths[damaged[-1]]!r}")
@@ -310,14 +332,14 @@ class Views(torch.utils.data.Dataset):
         size = [self.image_size, self.image_size]
         if self.fg_size:
             low, high = self.fg_size
-            size = torch.randint(low, high + 1, (2,), generator=generator).tolist()              # h and w independently
+            size = torch.randint(low, high + 1, (2,), generator=generator).tolist()    # h and w independently
             if self.keep_aspect:                # into the drawn sides, long to long and short to short
                 fit = min(max(size) / max(h, w), min(size) / min(h, w))
                 size = [max(1, round(h * fit)), max(1, round(w * fit))]
         return TF.resized_crop(image, top, left, h, w, size, antialias=True)
 
     def squash(self, image):
-        return TF.resize(image, [self.image_size, self.image_size], antialias=True)              # the aspect is not kept
+        return TF.resize(image, [self.image_size, self.image_size], antialias=True)   # the aspect is not kept
 
     def __getitem__(self, key):
         epoch, step, group, index = key
@@ -328,28 +350,33 @@ class Views(torch.utils.data.Dataset):
         if self.fg_size and not self.dataset_backgrounds:
             item["background"] = self.squash(image)
         elif self.fg_size:
-            taken = [source]
-            while len(taken) < 3:               # two more images, neither the sample itself nor each other
-                index = torch.randint(len(self.paths), (1,), generator=generator).item()
-                if index not in taken:
+            taken = [source]                    # two more images, neither the sample itself nor each other
+            for name in ("background_q", "background_k"):
+                for _ in range(100):
+                    index = torch.randint(len(self.paths), (1,), generator=generator).item()
                     background, index = self.read(index, damaged, generator)
                     if index not in taken:
-                        taken.append(index)
-                        item["background_q" if len(taken) == 2 else "background_k"] = self.squash(background)
+                        break
+                else:
+                    raise Unreadable("no three different images can be read")
+                taken.append(index)
+                item[name] = self.squash(background)
         return item
 
 
 class MakeGroup:
-    """The collate function: the samples of one BatchNorm group -> composites, boxes and parameters, ready for the device.
+    """The collate function: the samples of one BatchNorm group -> composites, boxes and parameters, ready for
+    the device.
 
-    Returns {"query": view, "key": view, "damaged": indices}; a view is a dict: images uint8 (N, 3, S, S) in channels_last memory,
-    boxes (N, 4) the true ones, jittered (N, 4) (differs for queries only), and the tensors of `photometric_params`.
+    Returns {"query": view, "key": view, "damaged": indices}; a view is a dict: images uint8 (N, 3, S, S) in
+    channels_last memory, boxes (N, 4) the true ones, jittered (N, 4) (differs for queries only), and the
+    tensors of `photometric_params`.
 
-    Backgrounds come from the other samples of the group: in a random group they are uniformly random other training images, at no
-    decode. Query and key of one instance get different ones; else a shared background could give the positive away.
-    DIVERGES: the release decodes two more images a sample (`Views(dataset_backgrounds=True)`).
-    flip_moves_box: for augmentation of the whole composite, where a flip moves the box with it.
-    needs: paste, grid_anchors, jitter_boxes, photometric_params
+    Backgrounds come from the other samples of the group: in a random group they are uniformly random other
+    training images, at no decode. Query and key of one instance get different ones; else a shared background
+    could give the positive away. DIVERGES: the release decodes two more images a sample
+    (`Views(dataset_backgrounds=True)`). flip_moves_box: for augmentation of the whole composite, where a flip
+    moves the box with it. needs: paste, grid_anchors, jitter_boxes, photometric_params
     """
 
     def __init__(self, seed=0, image_size=256, pasting=True, jitter=True, flip_moves_box=False):
@@ -360,17 +387,16 @@ class MakeGroup:
     def __call__(self, samples):
         generator = generator_for(self.seed, "group", *samples[0]["key"])
         n, size = len(samples), self.image_size
-        source = torch.tensor([sample["source"] for sample in samples])
-        backgrounds = self.choose_backgrounds(source, generator) if self.pasting else None
         group = {"damaged": [index for sample in samples for index in sample["damaged"]]}
+        if "background" in samples[0]:
+            chosen = self.choose_backgrounds([sample["source"] for sample in samples], generator)
         for side, name in enumerate(("query", "key")):
             images, boxes = [], []
             for i, sample in enumerate(samples):
                 image, box = sample["view_" + name[0]], torch.tensor([0.0, 0.0, size, size])
                 if self.pasting:
-                    background = sample.get("background_" + name[0])
-                    if background is None:
-                        background = samples[backgrounds[i, side]]["background"]
+                    background = samples[chosen[i][side]]["background"] if "background" in sample \
+                        else sample["background_" + name[0]]
                     h, w = image.shape[-2:]
                     top = torch.randint(0, size - h + 1, (1,), generator=generator).item()
                     left = torch.randint(0, size - w + 1, (1,), generator=generator).item()
@@ -378,66 +404,74 @@ class MakeGroup:
                 images.append(image.permute(1, 2, 0))
                 boxes.append(box)
             view = photometric_params(n, generator)
-            view["images"] = torch.stack(images).permute(0, 3, 1, 2)                             # stays pixel by pixel in memory
+            view["images"] = torch.stack(images).permute(0, 3, 1, 2)            # pixel by pixel in memory
             view["boxes"] = torch.stack(boxes)
             if self.flip_moves_box:
-                moved = view["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([size, 0, size, 0])
-                view["boxes"] = torch.where(view["flip"][:, None], moved, view["boxes"])
+                x1, y1, x2, y2 = view["boxes"].unbind(dim=1)
+                flipped = torch.stack([size - x2, y1, size - x1, y2], dim=1)
+                view["boxes"] = torch.where(view["flip"][:, None], flipped, view["boxes"])
             view["jittered"] = view["boxes"]
-            if self.jitter and name == "query":
-                view["jittered"] = jitter_boxes(view["boxes"], self.anchors, generator=generator)    # Sec. 4.2: query only
             group[name] = view
+        if self.jitter:                                                         # Sec. 4.2: the query alone
+            query = group["query"]
+            query["jittered"] = jitter_boxes(query["boxes"], self.anchors, generator=generator)
         return group
 
     @staticmethod
     def choose_backgrounds(source, generator):
-        """(N,) image indices -> (N, 2) positions in the group: the query's and the key's background, never the sample's own image."""
-        chosen = torch.empty(len(source), 2, dtype=torch.long)
-        for i in range(len(source)):
-            allowed = source != source[i]
-            for side in range(2):
-                candidates = allowed.nonzero().squeeze(1)
-                if not len(candidates):
-                    raise ValueError("a group needs three different images: sample, query's background, key's background")
-                j = candidates[torch.randint(len(candidates), (1,), generator=generator)]
-                chosen[i, side] = j
-                allowed = allowed & (source != source[j])
+        """N image indices -> for each sample two positions in the group: query's and key's background."""
+        chosen = []
+        for own in source:
+            taken, pair = {own}, []
+            for _ in range(2):
+                candidates = [j for j, other in enumerate(source) if other not in taken]
+                if not candidates:
+                    raise ValueError("a group needs three different images: a sample and its two backgrounds")
+                pair.append(candidates[torch.randint(len(candidates), (1,), generator=generator).item()])
+                taken.add(source[pair[-1]])
+            chosen.append(pair)
         return chosen
 
 
 def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, groups=None):
-    """The batch sampler of a whole run: yields for each step in turn each group's keys (epoch, step, group, index).
+    """The batch sampler of a whole run: yields for each step in turn each group's keys (epoch, step, group,
+    index).
 
-    A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an epoch is dropped.
-    start_step: resume there. groups: the positions of this rank's groups in the step (a range); None is all of them.
+    A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an
+    epoch is dropped. start_step: resume there. groups: the positions of this rank's groups in the step (a
+    range); None is all of them.
     """
     steps = n_images // batch_size
     for epoch in range(start_step // steps, epochs):
         order = torch.randperm(n_images, generator=generator_for(seed, "order", epoch))
         for step in range(max(start_step, epoch * steps), (epoch + 1) * steps):
             first = (step - epoch * steps) * batch_size
-            for group in groups or range(batch_size // group_size):
+            for group in range(batch_size // group_size) if groups is None else groups:
                 members = order[first + group * group_size:first + (group + 1) * group_size].tolist()
                 yield [(epoch, step, group, index) for index in members]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5  Encoders (Sec. 4.3): the detector's own parts, so that nothing but RPN and predictors is new in fine-tuning
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 5  Encoders (Sec. 4.3): the detector's own parts, so that nothing but RPN and predictors is new in fine-
+# tuning
+# ------------------------------------------------------------------------------------------------------------
 
 def roi_pool(features, boxes, size, scale):
-    """Eq. 5-6: features (N, C, h, w) and boxes (N, 4) or (N, M, 4), in pixels of the image -> (N*M, C, size, size), image-major.
+    """Eq. 5-6: features (N, C, h, w) and boxes (N, 4) or (N, M, 4), in pixels of the image -> (N*M, C, size,
+    size), image-major.
 
-    detectron2's ROIAlignV2: aligned, adaptive number of samples. In float32 whatever autocast gives, since bfloat16 cannot hold
-    box corners; dtype and memory format come back as they were (roi_align itself returns contiguous).
+    detectron2's ROIAlignV2: aligned, adaptive number of samples. In float32 whatever autocast gives, since
+    bfloat16 cannot hold box corners; dtype and memory format come back as they were (roi_align itself returns
+    contiguous).
     """
     boxes = boxes.reshape(len(boxes), -1, 4)                                                     # (N, M, 4)
     image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
     x = features if features.dtype == torch.float64 else features.float()
     rois = torch.cat([image.to(x.dtype), boxes.to(x.dtype)], dim=2).reshape(-1, 5)
     x = roi_align(x, rois, size, spatial_scale=scale, sampling_ratio=-1, aligned=True)
-    channels_last = features.is_contiguous(memory_format=torch.channels_last)
-    return x.to(features.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if features.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.to(features.dtype)
 
 
 def unit(x):
@@ -446,9 +480,10 @@ def unit(x):
 
 
 class C4Encoder(nn.Module):
-    """R50-C4: ResNet up to res4, RoIAlign, res5 as the head, mean, two-layer MLP. With boxes=None it is MoCo v2's network.
+    """R50-C4: ResNet up to res4, RoIAlign, res5 as the head, mean, two-layer MLP. With boxes=None it is MoCo
+    v2's network.
 
-    Parameters: 27,966,656 for resnet50. `.resnet` has torchvision's names, without fc.                         needs: roi_pool, unit
+    Parameters: 27,966,656 for resnet50. `.resnet` has torchvision's names, without fc.  needs: roi_pool, unit
     """
     levels = ("c4",)
 
@@ -473,16 +508,18 @@ class C4Encoder(nn.Module):
         return self.resnet.layer4(x).mean(dim=(2, 3))[:, None]
 
     def forward(self, images, boxes=None):
-        """(N, 3, H, W), boxes (N, 4) or (N, M, 4) -> embeddings (N, 1, D) or (N*M, 1, D) of length 1, float32 (or float64)."""
+        """(N, 3, H, W), boxes (N, 4) or (N, M, 4) -> embeddings (N, 1, D) or (N*M, 1, D) of length 1."""
         return unit(self.projector(self.features(images, boxes)))
 
 
 class FPNEncoder(nn.Module):
-    """R50-FPN: every box is pooled on all four levels P2..P5; one head serves them all; each level has a queue of its own.
+    """R50-FPN: every box is pooled on all four levels P2..P5; one head serves them all; each level has a
+    queue of its own.
 
-    fpn: 256 channels, BatchNorm on lateral and output convolutions, as detectron2's FPN with NORM "BN". box_head: 4 x (conv 3x3,
-    BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its BatchNorm sees the levels together. projector: the
-    two-layer MLP. Parameters: 43,242,688 for resnet50. [head: released code]                               needs: roi_pool, unit
+    fpn: 256 channels, BatchNorm on lateral and output convolutions, as detectron2's FPN with NORM "BN".
+    box_head: 4 x (conv 3x3, BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its
+    BatchNorm sees the levels together. projector: the two-layer MLP. Parameters: 43,242,688 for resnet50.
+    [head: released code]            needs: roi_pool, unit
     """
     levels = ("p2", "p3", "p4", "p5")
 
@@ -491,15 +528,15 @@ class FPNEncoder(nn.Module):
         self.resnet = getattr(torchvision.models, resnet)(weights=None)
         width = self.resnet.fc.in_features
         self.resnet.fc = nn.Identity()
-        self.fpn = FeaturePyramidNetwork([width // 8, width // 4, width // 2, width], 256, norm_layer=nn.BatchNorm2d)
+        self.fpn = FeaturePyramidNetwork([width // n for n in (8, 4, 2, 1)], 256, norm_layer=nn.BatchNorm2d)
         head = OrderedDict()
         for i in range(1, 5):
             head[f"conv{i}"] = nn.Conv2d(256, 256, 3, padding=1, bias=False)
             head[f"bn{i}"] = nn.BatchNorm2d(256)
             head[f"relu{i}"] = nn.ReLU(inplace=True)
-            nn.init.kaiming_normal_(head[f"conv{i}"].weight, mode="fan_out", nonlinearity="relu")    # c2_msra_fill
+            nn.init.kaiming_normal_(head[f"conv{i}"].weight, mode="fan_out", nonlinearity="relu")
         head.update(flatten=nn.Flatten(), fc1=nn.Linear(256 * 7 * 7, 1024), relu5=nn.ReLU(inplace=True))
-        nn.init.kaiming_uniform_(head["fc1"].weight, a=1)                                        # c2_xavier_fill
+        nn.init.kaiming_uniform_(head["fc1"].weight, a=1)                                     # c2_xavier_fill
         nn.init.zeros_(head["fc1"].bias)
         self.box_head = nn.Sequential(head)
         self.projector = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(inplace=True), nn.Linear(1024, dim))
@@ -514,26 +551,28 @@ class FPNEncoder(nn.Module):
         return list(self.fpn(OrderedDict(p2=c2, p3=c3, p4=c4, p5=c5)).values())
 
     def features(self, images, boxes):
-        """boxes: (N, 4) or (N, M, 4) for all levels, or a list of four such tensors, one a level -> (N*M, 4, 1024)."""
+        """boxes (N, 4) or (N, M, 4) for all levels, or a list of four such, one a level -> (N*M, 4, 1024)."""
         boxes = boxes if isinstance(boxes, (list, tuple)) else [boxes] * 4
         pooled = [roi_pool(p, b, size=7, scale=1 / stride)                                       # Eq. 5, 6
                   for p, b, stride in zip(self.pyramid(images), boxes, (4, 8, 16, 32))]
-        x = torch.stack(pooled, dim=1)                                                           # (N*M, 4, 256, 7, 7)
-        return self.box_head(x.flatten(0, 1)).unflatten(0, (-1, 4))
+        x = torch.stack([p.permute(0, 2, 3, 1) for p in pooled], dim=1)   # (N*M, 4, 7, 7, 256), channels last
+        return self.box_head(x.flatten(0, 1).permute(0, 3, 1, 2)).unflatten(0, (-1, 4))
 
     def forward(self, images, boxes):
         """(N, 3, H, W) and boxes as in `features` -> embeddings (N*M, 4, D) of length 1, one a level."""
         return unit(self.projector(self.features(images, boxes)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6  Contrast (Sec. 4.1): queue of keys, InfoNCE, momentum update
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class KeyQueue(nn.Module):
-    """The last `size` keys of each level, one a column: the negatives. Buffers, so that a checkpoint holds them.
+    """The last `size` keys of each level, one a column: the negatives. Buffers, so that a checkpoint holds
+    them.
 
-    keys (L, D, K), unit columns, random at the start; ptr: where the next key goes; filled: real keys so far, at most K.
+    keys (L, D, K), unit columns, random at the start; ptr: where the next key goes; filled: real keys so far,
+    at most K.
     """
 
     def __init__(self, size=65536, dim=128, levels=1, generator=None):
@@ -544,9 +583,9 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """keys (B, L, D), of all ranks in the same order on each, overwrite the oldest; any B, also one that does not divide K."""
+        """keys (B, L, D), the same on every rank, overwrite the oldest; B need not divide K."""
         size = self.keys.shape[2]
-        skip = max(0, len(keys) - size)                         # of more keys than the queue holds, the last ones stay
+        skip = max(0, len(keys) - size)                # of more keys than the queue holds, the last ones stay
         column = (self.ptr + torch.arange(skip, len(keys), device=self.ptr.device)) % size
         self.keys[:, :, column] = keys[skip:].permute(1, 2, 0).to(self.keys.dtype)
         self.ptr.add_(len(keys)).remainder_(size)
@@ -554,9 +593,11 @@ class KeyQueue(nn.Module):
 
 
 def info_nce(q, k, queue, temperature=0.2):
-    """Eq. 2 per level: q, k (N, L, D), queue (L, D, K) -> loss (L,), mean over N; logits (N, L, 1 + K), the positive first.
+    """Eq. 2 per level: q, k (N, L, D), queue (L, D, K) -> loss (L,), mean over N; logits (N, L, 1 + K), the
+    positive first.
 
-    Gradients reach q alone. float32 at least, inside autocast too. Chance is log(1 + K): 11.09 for K = 65536, for alike keys.
+    Gradients reach q alone. float32 at least, inside autocast too. Chance is log(1 + K): 11.09 for K = 65536,
+    for alike keys.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = (x if x.dtype == torch.float64 else x.float() for x in (q, k.detach(), queue.detach()))

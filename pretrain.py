@@ -1,13 +1,14 @@
-"""Stage 1: pre-train a detection backbone on unlabelled images by instance localization (arXiv 2102.08318, Sec. 3 to 5).
+"""Stage 1: pre-train a detection backbone on unlabelled images by instance localization (arXiv 2102.08318,
+Sec. 3 to 5).
 
-    python pretrain.py --arch c4 --epochs 200 /data/imagenet                  # every GPU of this machine, else the CPU
+    python pretrain.py --arch c4 --epochs 200 /data/imagenet         # every GPU of this machine, else the CPU
     python pretrain.py --arch fpn --method cp --nprocs 1 /data/imagenet       # a rung of Table 3b, on one GPU
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        pretrain.py --arch c4 --resume /data/imagenet                         # two machines, a shared run directory
-    python -m pdb pretrain.py --arch c4 --workers 0 --nprocs 1 DATA           # step through it, nothing is spawned
+        pretrain.py --arch c4 --resume /data/imagenet                   # two machines, a shared run directory
+    python -m pdb pretrain.py --arch c4 --workers 0 --nprocs 1 DATA      # step through it, nothing is spawned
 
-The method is in insloc.py; the loop is in `main`, in full view: load groups, momentum update, shuffle and encode the
-keys, then for each group encode the queries, loss, backward; optimizer step, enqueue.
+The method is in insloc.py; the loop is in `main`, in full view: load groups, momentum update, shuffle and
+encode the keys, then for each group encode the queries, loss, backward; optimizer step, enqueue.
 """
 import argparse
 import contextlib
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.util import Finalize
 
 import torch
 import torch.distributed as dist
@@ -33,26 +35,27 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, PathList, Unreadable, Views,
-                    batches, generator_for, grid_anchors, info_nce, momentum_update, photometric)
+from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, PathList, Unreadable,
+                    Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric)
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
-FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview", "compile"}
+FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview",
+        "compile"}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, fail = parser.add_argument, parser.error           # fail: one line, exit status 2
-    add("data", help="folder of images, searched to any depth (only its `train` child, if it has one), "
-        "or a text file of paths")
+    add("data", help="folder of images, searched to any depth (only its `train` child, if it has one), or a text "
+        "file of paths")
     add("--arch", choices=["c4", "fpn"], required=True, help="R50-C4 or R50-FPN [paper 4.3]")
-    add("--method", choices=["moco", "ra", "cp", "insloc"], default="insloc", help="the ladder of Table 3b: MoCo v2, "
-        "with RoIAlign, with copy-paste, with box jitter: InsLoc [paper 5.2]")
+    add("--method", choices=["moco", "ra", "cp", "insloc"], default="insloc", help="the ladder of Table 3b: MoCo "
+        "v2, with RoIAlign, with copy-paste, with box jitter: InsLoc [paper 5.2]")
     add("--resnet", choices=[f"resnet{depth}" for depth in (18, 34, 50, 101, 152)], default="resnet50",
         help="trunk [paper 4.3]")
     add("--epochs", type=int, default=200, help="200, or 400 [paper 5]")
-    add("--batch-size", type=int, default=256, help="images a step, over all processes [paper 5: 8 GPUs x 32]")
+    add("--batch-size", type=int, default=256, help="images a step, all processes together [paper 5: 8 x 32]")
     add("--bn-group", type=int, default=32, help="images that share BatchNorm statistics [paper 5: 32 a GPU]")
     add("--lr", type=float, default=0.03, help="at the start; cosine by epoch to 0 [paper 5]")
     add("--weight-decay", type=float, default=1e-4, help="on every parameter [paper 5]")
@@ -60,23 +63,23 @@ def get_args(argv=None):
     add("--queue-size", type=int, default=65536, help="negatives a level [paper 5]")
     add("--temperature", type=float, default=0.2, help="of Eq. 2 [paper 5]")
     add("--ema", type=float, default=0.999, help="momentum of the key encoder [paper 5]")
-    add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: 224 for "
-        "moco and ra]")
-    add("--fg-size", type=int, nargs=2, metavar=("LOW", "HIGH"), help="sides of a pasted crop, ends included; half the "
-        "canvas to the canvas [paper 4.1: 128 to 256]")
-    add("--keep-aspect", action="store_true", help="fit a crop into the drawn sides instead of stretching it to them "
-        "[paper 4.1: off; released code: on]")
-    add("--aug-on", choices=["foreground", "composite"], default="foreground", help="where colour jitter, blur and "
-        "flip act [paper 5; composite: released code]")
-    add("--backgrounds", choices=["group", "dataset"], default="group", help="other samples of the group, or two more "
-        "decodes a sample [ours: as random, at no decode; dataset: released code]")
+    add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: 224, "
+        "for moco and ra]")
+    add("--fg-size", type=int, nargs=2, metavar=("LOW", "HIGH"), help="sides of a pasted crop, ends included; half "
+        "the canvas to the canvas [paper 4.1: 128 to 256]")
+    add("--keep-aspect", action="store_true", help="fit a crop into the drawn sides instead of stretching it to "
+        "them [paper 4.1: off; released code: on]")
+    add("--aug-on", choices=["foreground", "composite"], default="foreground", help="where colour jitter, blur "
+        "and flip act [paper 5; composite: released code]")
+    add("--backgrounds", choices=["group", "dataset"], default="group", help="other samples of the group, or two "
+        "more decodes a sample [ours: as random, at no decode; dataset: released code]")
     add("--jitter-levels", choices=["p5", "all"], default="p5", help="FPN levels that pool the jittered box "
         "[released code]")
-    add("--allow-one-group", action="store_true", help="train although BatchNorm may leak the answer [ours: off]")
-    add("--init", metavar="WEIGHTS", help="start from any checkpoint that insloc.read_weights reads [ours: none]")
+    add("--allow-one-group", action="store_true", help="train though BatchNorm may leak the answer [ours: off]")
+    add("--init", metavar="WEIGHTS", help="start from any file that insloc.read_weights reads [ours: none]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[ours: a GPU if there is one]")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="[ours: bf16 on a GPU that has it, else fp32]")
-    add("--nprocs", type=int, help="processes to start, none under torchrun [ours: one a GPU, one on the CPU]")
+    add("--nprocs", type=int, help="processes to start; none under torchrun [ours: one a GPU, one on the CPU]")
     add("--workers", type=int, help="loader workers a process [ours: its share of the cores, at most 8]")
     add("--seed", type=int, default=0, help="[ours: 0]")
     add("--out", help="run directory [ours: runs/METHOD_ARCH]")
@@ -90,11 +93,11 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
 
     # Defaults that depend on others, and every check that needs no data.
-    gpus, launched = torch.cuda.device_count(), "RANK" in os.environ    # launched: by torchrun
+    gpus, launched = torch.cuda.device_count(), "RANK" in os.environ            # launched: by torchrun
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
     if args.device == "cuda" and not gpus:
-        fail("--device cuda: torch sees no GPU here; take --device cpu, or install a driver and torch's CUDA build")
+        fail("--device cuda: torch sees no GPU here; take --device cpu, or install a driver and torch for CUDA")
     if not args.precision:
         args.precision = "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     pasting = args.method in ("cp", "insloc")
@@ -105,26 +108,29 @@ def get_args(argv=None):
         fail(f"--fg-size: --method {args.method} pastes nothing")
     args.fg_size = (args.fg_size or [args.image_size // 2, args.image_size]) if pasting else None
     if pasting and not 1 <= args.fg_size[0] <= args.fg_size[1] <= args.image_size:
-        fail(f"--fg-size {args.fg_size[0]} {args.fg_size[1]}: must be 1 <= LOW <= HIGH <= canvas ({args.image_size})")
+        fail("--fg-size {} {}: must be 1 <= LOW <= HIGH <= canvas ({})".format(*args.fg_size, args.image_size))
     for name in ("epochs", "batch_size", "bn_group", "queue_size", "log_every", "nprocs", "save_steps", "preview"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    if not (0 <= args.ema <= 1 and args.temperature > 0 and args.lr >= 0 and args.keep >= 0 and (args.workers or 0) >= 0):
-        fail("--ema must be in [0, 1], --temperature above 0, --lr, --keep and --workers not below 0")
+    for name in ("lr", "weight_decay", "keep", "workers", "seed"):
+        if not (getattr(args, name) or 0) >= 0:
+            fail(f"--{name.replace('_', '-')} must not be negative")
+    if not (0 <= args.ema <= 1 and 0 < args.temperature < math.inf):
+        fail("--ema must be in [0, 1] and --temperature above 0")
     if args.bn_group < (3 if pasting else 2):
-        fail(f"--bn-group {args.bn_group}: a group needs 3 images (a sample and two backgrounds), without pasting 2")
+        fail(f"--bn-group {args.bn_group}: a group needs 3 images, a sample and two backgrounds (without pasting 2)")
     if args.batch_size % args.bn_group:
         fail(f"--batch-size {args.batch_size} is not a multiple of --bn-group {args.bn_group}")
     groups = args.batch_size // args.bn_group
     if groups < 2 and not args.allow_one_group:
-        fail("one BatchNorm group only: no shuffle can part keys from queries, and BatchNorm can leak the answer; take "
-             f"--batch-size {2 * args.bn_group} or a smaller --bn-group, or insist with --allow-one-group")
+        fail("one BatchNorm group: no shuffle parts keys from queries, and BatchNorm can leak the answer; take "
+             f"--batch-size {2 * args.bn_group}, or a smaller --bn-group, or insist with --allow-one-group")
     args.nprocs = args.nprocs or (gpus if args.device == "cuda" else 1)
     if launched:
         args.nprocs = int(os.environ["WORLD_SIZE"])
     if groups % args.nprocs:
         fits = max(n for n in range(1, min(groups, args.nprocs) + 1) if groups % n == 0)
-        fail(f"{args.nprocs} processes cannot share {groups} groups evenly; the largest number that can: --nprocs {fits}")
+        fail(f"{args.nprocs} processes cannot share {groups} groups evenly; the most that can: --nprocs {fits}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", args.nprocs))
     if args.device == "cuda" and here > gpus:
         fail(f"{here} processes need as many GPUs, there are {gpus}: --nprocs {gpus}")
@@ -158,7 +164,8 @@ def find_images(args):
         root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
         with open(data, "rb") as f:
             text = f.read()
-        names = [name for name in text.replace(b"\r\n", b"\n").split(b"\0" if b"\0" in text else b"\n") if name]
+        lines = text.split(b"\0") if b"\0" in text else text.replace(b"\r\n", b"\n").split(b"\n")
+        names = [name for name in lines if name]
         missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if args.resume and os.path.exists(kept):                # a run keeps the images that it started with
         with open(kept, "rb") as f:
@@ -167,7 +174,7 @@ def find_images(args):
         sys.exit(f"pretrain.py: error: {data}: {len(missing)} of {len(names)} listed files do not exist, "
                  f"the first is {os.fsdecode(missing[0])!r}")
     if len(names) < args.batch_size:
-        sys.exit(f"pretrain.py: error: {data} has {len(names)} images, fewer than one batch of {args.batch_size}"
+        sys.exit(f"pretrain.py: error: {data} has {len(names)} images, fewer than a batch of {args.batch_size}"
                  + ("" if names else f"; endings looked for: {b' '.join(EXTENSIONS).decode()}"))
     return PathList(names, os.fsdecode(root))
 
@@ -182,9 +189,16 @@ def make_data(args, paths):
 
 
 def ignore_signals(_):
-    """For loader workers: Ctrl-C and a cluster's SIGTERM reach every process, but they must outlast the last step."""
+    """For loader workers: Ctrl-C and a cluster's SIGTERM reach them too, but they must outlast the last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def kill_workers():
+    """At exit: multiprocessing would send them the SIGTERM that they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler would call it a crash
+    for worker in mp.active_children():
+        worker.kill()
 
 
 def augment(view, args):
@@ -198,7 +212,7 @@ def augment(view, args):
 
 
 def boxes_of(view, args, device):
-    """The boxes to pool: true ones for keys, jittered ones for queries (FPN: on P5 alone, unless told otherwise)."""
+    """The boxes to pool: true ones for keys, jittered ones for queries (FPN: P5 alone, unless told otherwise)."""
     if args.method == "moco":
         return None
     true, jittered = view["boxes"].to(device), view["jittered"].to(device)
@@ -206,7 +220,7 @@ def boxes_of(view, args, device):
 
 
 def pack(view):
-    """Boxes and parameters of n samples, a dict of (n, ...) tensors -> one float64 matrix, to travel in one piece."""
+    """Boxes and parameters, a dict of (n, ...) tensors -> one float64 matrix (n, C), to travel in one piece."""
     return torch.cat([values.reshape(len(values), -1).double() for values in view.values()], dim=1)
 
 
@@ -217,7 +231,8 @@ def unpack(matrix, like):
 
 
 def shuffle(rows, permutation, rank, world):
-    """Shuffle-BN's way out: row p of all ranks' new rows is row permutation[p] of all ranks' old ones; (n, ...) each.
+    """Shuffle-BN's way out: row p of all ranks' new rows is row permutation[p] of all ranks' old ones; (n,
+    ...) each.
 
     All-to-all: a row travels to the one rank that will encode it.
     """
@@ -225,7 +240,7 @@ def shuffle(rows, permutation, rank, world):
     if world == 1:
         return rows[permutation.to(device)]
     mine = slice(rank * n, (rank + 1) * n)
-    places, origins = permutation.argsort()[mine], permutation[mine] // n    # of my old rows; ranks of my new ones
+    places, origins = permutation.argsort()[mine], permutation[mine] // n   # of old rows; ranks of new ones
     received, new = torch.empty_like(rows), torch.empty_like(rows)
     dist.all_to_all_single(received, rows[places.argsort().to(device)],
                            output_split_sizes=torch.bincount(origins, minlength=world).tolist(),
@@ -244,21 +259,23 @@ def all_gather(rows, world):
 
 
 def save_composites(args, paths, count):
-    """composites.png, as Fig. 3: of each sample the query, then the key. Red the true box; on the query the anchors
-    that match it, thin, and the chosen one, thick, blue. Anchors may leave the canvas, hence the grey frame."""
+    """composites.png, as Fig. 3: of each sample the query, then the key. Red the true box; on the query the
+    anchors that match it, thin, and the chosen one, thick, blue. Anchors may leave the canvas, hence the grey
+    frame."""
     views, make_group = make_data(args, paths)
     size = max(count, args.bn_group)
     group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     anchors, frame, panels = grid_anchors(args.image_size), args.image_size // 4, []
-    drawn = {name: ((augment(group[name], args).float() * std + mean) * 255).round().byte() for name in ("query", "key")}
+    drawn = {name: ((augment(group[name], args).float() * std + mean) * 255).round().byte()
+             for name in ("query", "key")}
     for i in range(count):
         for name in ("query", "key"):
             box, jittered = group[name]["boxes"][i:i + 1], group[name]["jittered"][i:i + 1]
             image = torch.nn.functional.pad(drawn[name][i], [frame] * 4, value=128)
             if not box.equal(jittered):
-                near = anchors[torchvision.ops.box_iou(box, anchors)[0] > 0.5]
-                image = draw_bounding_boxes(image, torch.cat([near, jittered]) + frame, colors=(120, 170, 255))
+                near = torch.cat([anchors[torchvision.ops.box_iou(box, anchors)[0] > 0.5], jittered]) + frame
+                image = image // 2 + draw_bounding_boxes(image, near, colors=(120, 170, 255)) // 2
                 image = draw_bounding_boxes(image, jittered + frame, colors=(20, 60, 255), width=4)
             panels.append(draw_bounding_boxes(image, box + frame, colors=(255, 30, 30), width=3))
     path = os.path.join(args.out, "composites.png")
@@ -282,6 +299,19 @@ def save_curves(args, chance):
     pyplot.close(figure)
 
 
+def peak_memory(cuda):
+    """GB: allocated on the GPU, or resident in this process."""
+    return torch.cuda.max_memory_allocated() / 1e9 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def commit():
+    """The commit that this file is of, or "unknown" outside of a checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
 def read_log(args):
     """The objects of log.jsonl; a line torn by a kill is left out."""
     records = []
@@ -293,7 +323,7 @@ def read_log(args):
 
 
 def write_file(path, write, previous=None):
-    """write(file) beside `path`, then rename: a kill or a full disk leaves the old file, which becomes `previous`."""
+    """write(file) beside `path`, then rename: a kill or a full disk leaves the old file. It stays as `previous`."""
     with open(path + ".tmp", "wb") as f:
         write(f)
         f.flush()
@@ -318,14 +348,14 @@ def save(args, state):
 
 
 def load(args, paths, talk):
-    """The newest checkpoint that can be read, or None if there is none yet; it must be of the same settings."""
+    """The newest checkpoint that can be read, None if there is none yet; it must be of the same settings."""
     found = [path for name in ("checkpoint.pth", "checkpoint_prev.pth")
              if os.path.exists(path := os.path.join(args.out, name))]
     for path in found:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             break
-        except Exception as error:                          # torn or overwritten: pickle, zip, torch raise each their own
+        except Exception as error:              # torn or overwritten: pickle, zip, torch raise each their own
             talk(f"{path} cannot be read: {str(error).splitlines()[0][:80]}")
     else:
         if found:
@@ -333,9 +363,10 @@ def load(args, paths, talk):
         return talk(f"no checkpoint in {args.out} yet: starting at step 0")
     then, now = ({**settings, "images": digest} for settings, digest in
                  ((state["args"], state["images"]), (vars(args), paths.digest())))
-    differ = [f"{name} was {then.get(name)}, is {now[name]}" for name in now.keys() - FREE if then.get(name) != now[name]]
+    differ = sorted(f"{name} was {then.get(name)}, is {now[name]}"
+                    for name in now.keys() - FREE if then.get(name) != now[name])
     if differ:
-        sys.exit(f"pretrain.py: error: cannot resume {args.out} with other settings: {'; '.join(sorted(differ))}")
+        sys.exit(f"pretrain.py: error: cannot resume {args.out} with other settings: {'; '.join(differ)}")
     talk(f"resuming from {path}, step {state['step']}")
     return state
 
@@ -354,7 +385,7 @@ def main(rank, args, paths, rendezvous="env://"):
         except OSError:
             sys.exit(f"pretrain.py: error: another process trains into {args.out}: give another --out")
         if os.path.exists(log_path) and not args.resume:
-            sys.exit(f"pretrain.py: error: {args.out} holds a run: --resume goes on with it, --out starts another")
+            sys.exit(f"pretrain.py: error: {args.out} holds a run: --resume continues it, --out starts another")
     state = load(args, paths, talk) if args.resume else None
     weights = None
     if args.init and not state:
@@ -371,8 +402,9 @@ def main(rank, args, paths, rendezvous="env://"):
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    if world > 1:                                           # gloo beside nccl: small CPU tensors need no GPU to wait for
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rendezvous, rank=rank, world_size=world)
+    if world > 1:                                           # gloo beside nccl: small CPU tensors wait for no GPU
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, rendezvous, rank=rank, world_size=world)
 
     def agree(value):
         """The largest of all ranks' ints: what one rank wants, all do, in the same step."""
@@ -391,10 +423,11 @@ def main(rank, args, paths, rendezvous="env://"):
     if agree(int(paths.digest(), 16)) != int(paths.digest(), 16):
         sys.exit(f"pretrain.py: error: process {rank} sees other images under {paths.root} than another one")
 
-    # ---- model: every rank holds the same parameters and the same queue; encoder_k starts as a copy of encoder_q
+    # ---- model: every rank holds the same parameters and the same queue; encoder_k starts as a copy of
+    # encoder_q
     torch.manual_seed(args.seed)
-    encoder = FPNEncoder if args.arch == "fpn" and args.method != "moco" else C4Encoder     # MoCo v2 has no neck, no head
-    encoder_q = encoder(args.resnet)
+    with_neck = args.arch == "fpn" and args.method != "moco"            # MoCo v2 trains neither neck nor head
+    encoder_q = (FPNEncoder if with_neck else C4Encoder)(args.resnet)
     levels = encoder_q.levels
     queue = KeyQueue(args.queue_size, levels=len(levels), generator=generator_for(args.seed, "queue"))
     if weights:
@@ -406,10 +439,10 @@ def main(rank, args, paths, rendezvous="env://"):
     if cuda:
         encoder_q.to(memory_format=torch.channels_last)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
-    optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
-                                nesterov=args.nesterov)
-    # BatchNorm's running statistics are each rank's own, since each normalises its own groups; weights on disk carry
-    # their mean over the ranks. Nothing in training reads them.
+    optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    # BatchNorm's running statistics are each rank's own, since each normalises its own groups; weights on
+    # disk carry their mean over the ranks. Nothing in training reads them.
     statistics = [b for module in (encoder_q, encoder_k) for b in module.buffers() if b.is_floating_point()]
 
     def set_statistics(values):
@@ -418,52 +451,54 @@ def main(rank, args, paths, rendezvous="env://"):
 
     step, damaged = 0, set()                                # damaged: indices of files that could not be read
     if state:
-        for name, module in (("encoder_q", encoder_q), ("encoder_k", encoder_k), ("queue", queue), ("optimizer", optimizer)):
-            module.load_state_dict(state[name])
+        encoder_q.load_state_dict(state["encoder_q"])
+        encoder_k.load_state_dict(state["encoder_k"])
+        queue.load_state_dict(state["queue"])
+        optimizer.load_state_dict(state["optimizer"])
         if len(state["statistics"]) == world:
             set_statistics(state["statistics"][rank])
         step, damaged = state["step"], set(state["damaged"])
         del state
     net = encoder_q
     if world > 1:
-        net = DistributedDataParallel(encoder_q, device_ids=[device] if cuda else None, broadcast_buffers=False)
+        net = DistributedDataParallel(encoder_q, [device] if cuda else None, broadcast_buffers=False)
     if args.compile:
         encoder_q.compile(), encoder_k.compile()
 
-    # ---- data: a step is `groups` BatchNorm groups; each rank works through `mine` of them, one after the other
+    # ---- data: a step is `groups` BatchNorm groups; each rank works through `mine` of them, one after the
+    # other
     groups, epoch_steps = args.batch_size // args.bn_group, len(paths) // args.batch_size
     mine, last_step = groups // world, args.epochs * epoch_steps
     save_steps = args.save_steps or max(epoch_steps, 500)
     views, make_group = make_data(args, paths)
     keys = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step,
                    range(rank * mine, (rank + 1) * mine))
-    loader = torch.utils.data.DataLoader(views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers,
-                                         pin_memory=cuda, worker_init_fn=ignore_signals)
+    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=keys, collate_fn=make_group, pin_memory=cuda,
+                                              num_workers=args.workers, worker_init_fn=ignore_signals))
 
     # ---- the run in numbers
     chance = len(levels) * math.log(1 + args.queue_size)
     parameters = sum(p.numel() for p in encoder_q.parameters())
-    talk(f"{args.method} {args.arch}: {args.resnet}, {parameters:,} parameters; {args.precision} on {world} x {args.device}, "
-         f"{args.workers} loader workers each\n"
-         f"images  {len(paths):,} in {paths.root or '.'}\n"
-         f"step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}; {mine} groups a process\n"
-         f"steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; {len(paths) % args.batch_size} images left out an epoch\n"
-         f"rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}\n"
-         f"queue   {args.queue_size:,} keys x {len(levels)} levels, real ones after {math.ceil(args.queue_size / args.batch_size)} steps\n"
-         f"chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}")
+    talk(f"""{args.method} {args.arch}: {args.resnet}, {parameters:,} parameters
+device  {world} x {args.device}, {args.precision}, {args.workers} loader workers each
+images  {len(paths):,} in {paths.root or "."}
+step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {mine} of them a process
+steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; an epoch leaves {len(paths) % args.batch_size} images out
+rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}
+queue   {args.queue_size:,} keys x {len(levels)} levels, full of real ones after {-(-args.queue_size // args.batch_size)} steps
+chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
     if args.queue_size > len(paths) / 2:
-        talk(f"WARNING: the queue holds more keys than half of the images: an image's own older keys become its negatives; "
+        talk("WARNING: the queue is larger than half of the images: an image's own older keys become its negatives; "
              f"--queue-size {2 ** int(math.log2(len(paths) / 2))} would fit")
     if args.bn_group < 8:
-        talk(f"WARNING: BatchNorm over {args.bn_group} images is noisy, and so few backgrounds repeat; --bn-group 8 or more")
+        talk(f"WARNING: a BatchNorm group of {args.bn_group} gives noisy statistics and few backgrounds; take 8 or more")
 
     # ---- log and pictures
     if rank == 0:
-        commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                                capture_output=True, text=True).stdout.strip()
-        records = [r for r in read_log(args) if r["step"] <= step] if step else []   # what came later will come again
-        records.append({"step": step, "args": vars(args), "images": paths.digest(), "commit": commit,
-                        "torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version})
+        records = [r for r in read_log(args) if r["step"] <= step] if step else []  # the later ones come again
+        records.append({"step": step, "args": vars(args), "images": paths.digest(), "commit": commit(),
+                        "torch": torch.__version__, "torchvision": torchvision.__version__,
+                        "python": sys.version.split()[0]})
         write_file(log_path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
         names = b"\0".join(paths.name(i) for i in range(len(paths)))
         write_file(os.path.join(args.out, "images.list"), lambda f: f.write(names))
@@ -476,17 +511,16 @@ def main(rank, args, paths, rendezvous="env://"):
             with open(log_path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
-    signals = []                                            # a request to stop waits here for the end of the step
+    Finalize(None, kill_workers, exitpriority=0)
+    signals = []                                        # a request to stop waits here for the end of the step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
-    totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)        # losses, acc_queue, acc_batch
-    bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)          # the first whose loss is not finite
+    totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)   # losses, acc_queue, acc_batch
+    bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)     # the first with a non-finite loss
     unreported, first_step, logged_step, waited = set(), step, step, 0.0
     started = logged_at = time.perf_counter()
-    encoder_q.train(), encoder_k.train()
-    loader = iter(loader)
 
     while step < last_step:
         epoch = step // epoch_steps
@@ -497,7 +531,7 @@ def main(rank, args, paths, rendezvous="env://"):
         before = time.perf_counter()
         try:
             batch = [next(loader) for _ in range(mine)]
-        except (Unreadable, RuntimeError) as error:         # a worker's: the last line of its traceback says it
+        except (Unreadable, RuntimeError) as error:       # a worker's: the last line of its traceback says it
             sys.exit(f"pretrain.py: error: loading step {step + 1}: {str(error).strip().splitlines()[-1]}")
         waited += time.perf_counter() - before
         unreported.update(index for group in batch for index in group["damaged"])
@@ -505,12 +539,13 @@ def main(rank, args, paths, rendezvous="env://"):
         # The key encoder follows the query encoder.
         momentum_update(encoder_k, encoder_q, args.ema)
 
-        # Shuffle the keys over the groups of all ranks, so that a key is not normalised with its query's neighbours
-        # (Shuffle-BN). Images travel as uint8, each to one rank; only the embeddings come back, to all.
+        # Shuffle the keys over the groups of all ranks, so that a key is not normalised with its query's
+        # neighbours (Shuffle-BN). Images travel as uint8, each to one rank; only the embeddings come back, to
+        # all.
         permutation = torch.randperm(args.batch_size, generator=generator_for(args.seed, "shuffle", step))
-        key = {name: torch.cat([group["key"][name] for group in batch]) for name in batch[0]["key"] if name != "images"}
+        key = {name: torch.cat([group["key"][name] for group in batch]) for name in batch[0]["key"]}
+        images = key.pop("images").to(device, non_blocking=True).permute(0, 2, 3, 1)         # as it is in memory
         key = unpack(shuffle(pack(key), permutation, rank, world), like=key)
-        images = torch.cat([group["key"]["images"].to(device, non_blocking=True).permute(0, 2, 3, 1) for group in batch])
         key["images"] = shuffle(images, permutation, rank, world).permute(0, 3, 1, 2)
 
         # Encode the keys, a group at a time.
@@ -518,25 +553,27 @@ def main(rank, args, paths, rendezvous="env://"):
         with torch.no_grad(), autocast:
             for first in range(0, len(images), args.bn_group):
                 group = {name: values[first:first + args.bn_group] for name, values in key.items()}
-                k.append(encoder_k(augment(group, args), boxes_of(group, args, device)))                 # Eq. 4, 6
-        k = all_gather(torch.cat(k), world)[permutation.argsort().to(device)]        # (B, L, D), the queries' order again
+                k.append(encoder_k(augment(group, args), boxes_of(group, args, device)))     # Eq. 4, 6
+        k = all_gather(torch.cat(k), world)[permutation.argsort().to(device)]   # (B, L, D), in the queries' order
 
-        # Encode the queries, a group at a time with a backward each, so that memory does not grow with the batch.
+        # Encode the queries, a group at a time with a backward each, so that memory does not grow with the
+        # batch.
         optimizer.zero_grad()
         for i, group in enumerate(batch):
             first = (rank * mine + i) * args.bn_group
-            own = torch.arange(first, first + args.bn_group, device=device)          # rows of k
+            own = torch.arange(first, first + args.bn_group, device=device)                  # rows of k
             query = {**group["query"], "images": group["query"]["images"].to(device, non_blocking=True)}
-            alone = net.no_sync() if world > 1 and i < mine - 1 else contextlib.nullcontext()    # ranks sum gradients once
-            with alone:
+            last = world == 1 or i == mine - 1              # the ranks add up their gradients once a step
+            with contextlib.nullcontext() if last else net.no_sync():
                 with autocast:
-                    q = net(augment(query, args), boxes_of(query, args, device))                         # Eq. 3, 5
-                loss, logits = info_nce(q, k[own], queue.keys, args.temperature)                         # Eq. 2
-                (loss.sum() / mine).backward()                                       # sum over levels, mean over groups
+                    q = net(augment(query, args), boxes_of(query, args, device))             # Eq. 3, 5: (N, L, D)
+                loss, logits = info_nce(q, k[own], queue.keys, args.temperature)             # Eq. 2
+                (loss.sum() / mine).backward()              # sum over levels, mean over groups
             with torch.no_grad():                           # stays on the device until a line is logged
                 beats_queue = logits[:, :, 0] > logits[:, :, 1:].amax(dim=2)
                 beats_batch = torch.einsum("nld,bld->nlb", q, k).argmax(dim=2) == own[:, None]
-                totals += torch.stack([*loss, beats_queue.to(dtype).mean(), beats_batch.to(dtype).mean()]) / mine
+                accuracies = [beats.to(dtype).mean() for beats in (beats_queue, beats_batch)]
+                totals += torch.stack([*loss, *accuracies]) / mine
                 bad_step = torch.where(loss.isfinite().all(), bad_step, bad_step.clamp(max=step + 1))
         optimizer.step()
         queue.enqueue(k)
@@ -544,7 +581,8 @@ def main(rank, args, paths, rendezvous="env://"):
 
         # What to do after this step, all ranks decide together.
         stop = agree(signals[0] if signals else 0)
-        epoch_ends, save_now = step % epoch_steps == 0, bool(stop) or step % save_steps == 0 or step == last_step
+        epoch_ends = step % epoch_steps == 0
+        save_now = bool(stop) or step % save_steps == 0 or step == last_step
         if epoch_ends or save_now:
             found = [unreported] * world
             if world > 1:
@@ -561,20 +599,19 @@ def main(rank, args, paths, rendezvous="env://"):
                 dist.all_reduce(totals)
                 dist.all_reduce(bad_step, op=dist.ReduceOp.MIN)
             if bad_step < math.inf:
-                leave(f"pretrain.py: error: the loss of step {int(bad_step)} is not finite; {args.out} keeps its last good "
-                      "checkpoint. Lower --lr, or try --precision fp32")
+                leave(f"pretrain.py: error: the loss of step {int(bad_step)} is not finite; {args.out} keeps its last "
+                      "good checkpoint. Lower --lr, or try --precision fp32")
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             now = time.perf_counter()
-            memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else \
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            took = now - logged_at
+            speed, left = (step - logged_step) * args.batch_size / took, (now - started) / (step - first_step)
             line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "loss": sum(losses),
                     **{f"loss_{level}": value for level, value in zip(levels, losses)}, "acc_queue": acc_queue,
-                    "acc_batch": acc_batch, "images_per_s": (step - logged_step) * args.batch_size / (now - logged_at),
-                    "data_wait": waited / (now - logged_at), "queue_filled": queue.filled.item(), "memory_gb": memory}
-            left = datetime.timedelta(seconds=round((now - started) / (step - first_step) * (last_step - step)))
-            talk("step {step}/{last_step}  epoch {epoch}  loss {loss:.3f}  acc_queue {acc_queue:.3f}  acc_batch {acc_batch:.3f}  "
-                 "{images_per_s:.1f} images/s  data wait {data_wait:.0%}  left {left}".format(
-                     step=step, last_step=last_step, left=left, **line), flush=True)
+                    "acc_batch": acc_batch, "images_per_s": speed, "data_wait": waited / took,
+                    "queue_filled": queue.filled.item(), "memory_gb": peak_memory(cuda)}
+            talk(f"step {step}/{last_step}  epoch {epoch}  loss {line['loss']:.3f}  acc_queue {acc_queue:.3f}  "
+                 f"acc_batch {acc_batch:.3f}  {speed:.1f} images/s  data wait {waited / took:.0%}  "
+                 f"left {datetime.timedelta(seconds=round(left * (last_step - step)))}", flush=True)
             record(**line)
             for name, value in line.items() if rank == 0 else ():
                 events.add_scalar(name, value, step)
@@ -585,28 +622,29 @@ def main(rank, args, paths, rendezvous="env://"):
             own = torch.cat([b.flatten() for b in statistics])
             everyone = all_gather(own[None], world)                                  # (ranks, statistics)
             if not all(t.isfinite().all() for t in (*encoder_q.parameters(), everyone, queue.keys)):
-                leave(f"pretrain.py: error: weights are not finite after step {step}; {args.out} keeps its last good "
-                      "checkpoint. Lower --lr")
+                leave(f"pretrain.py: error: the weights of step {step} are not finite; {args.out} keeps its last good "
+                      "checkpoint. Lower --lr, or try --precision fp32")
             failure = None
             if rank == 0:
                 set_statistics(everyone.mean(dim=0))
                 try:
-                    save(args, {"step": step, "args": vars(args), "images": paths.digest(), "damaged": sorted(damaged),
-                                "encoder_q": encoder_q.state_dict(), "encoder_k": encoder_k.state_dict(),
-                                "queue": queue.state_dict(), "optimizer": optimizer.state_dict(),
-                                "statistics": everyone.cpu()})
+                    save(args, {"step": step, "args": vars(args), "images": paths.digest(),
+                                "damaged": sorted(damaged), "encoder_q": encoder_q.state_dict(),
+                                "encoder_k": encoder_k.state_dict(), "queue": queue.state_dict(),
+                                "optimizer": optimizer.state_dict(), "statistics": everyone.cpu()})
                     save_curves(args, chance)
                     events.flush()
                 except (OSError, RuntimeError) as error:    # torch.save turns a full disk into a RuntimeError
                     failure = error
                 set_statistics(own)
             if agree(int(failure is not None)):
-                leave(f"pretrain.py: error: cannot save step {step}: {failure}; {args.out} keeps the checkpoint before")
+                leave(f"pretrain.py: error: cannot save step {step} ({failure}); the checkpoint before stays")
         if too_many:
             leave(f"pretrain.py: error: {len(damaged)} of {len(paths)} images cannot be read, more than 1 %: "
                   + ", ".join(repr(paths[index]) for index in sorted(damaged)[:10]))
         if stop and step < last_step:
-            leave(f"stopped by {signal.Signals(stop).name} after step {step}: the same command with --resume goes on", 128 + stop)
+            leave(f"stopped by {signal.Signals(stop).name} after step {step}; the same command with --resume goes on",
+                  status=128 + stop)
 
     talk(f"done, {last_step} steps: weights {args.out}/backbone.pth, curves {args.out}/loss.png")
     if world > 1:
@@ -619,22 +657,32 @@ def launch():
     if args.preview:
         os.makedirs(args.out, exist_ok=True)
         save_composites(args, paths, args.preview)
-    elif args.nprocs == 1 or "RANK" in os.environ:          # alone, or a process of torchrun: no other is started
+    elif args.nprocs == 1 or "RANK" in os.environ:      # alone, or a process of torchrun: no other is started
         main(int(os.environ.get("RANK", 0)), args, paths)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            context = mp.start_processes(main, (args, paths, f"file://{folder}/rendezvous"), args.nprocs, join=False,
-                                         start_method="spawn")
-            for number in (signal.SIGTERM, signal.SIGINT):  # handed on; the ranks save, agree and leave
-                signal.signal(number, lambda number, frame: [os.kill(process.pid, number) for process in context.processes
-                                                             if process.is_alive()])
-            try:
-                while not context.join(grace_period=10):
-                    pass
-            except mp.ProcessExitedException as error:
-                if error.exit_code < 0:
-                    print(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
-                sys.exit(error.exit_code if error.exit_code > 0 else 1)
+        start_processes(args, paths)
+
+
+def start_processes(args, paths):
+    """One process a rank; hands signals on to them and ends as they end."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(main, (args, paths, f"file://{folder}/rendezvous"), args.nprocs, join=False,
+                                     start_method="spawn")
+
+        def hand_on(number, frame):
+            for process in context.processes:
+                if process.is_alive():
+                    os.kill(process.pid, number)
+
+        signal.signal(signal.SIGTERM, hand_on)
+        signal.signal(signal.SIGINT, hand_on)
+        try:
+            while not context.join(grace_period=10):
+                pass
+        except mp.ProcessExitedException as error:          # the rank has said why, unless it was killed
+            if error.exit_code < 0:
+                print(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(max(error.exit_code, 1))
 
 
 if __name__ == "__main__":
