@@ -165,11 +165,10 @@ def photometric(images, params, boxes=None):
     n, _, height, width = images.shape
     device, dtype = images.device, images.dtype
     images = images.contiguous()                             # plane by plane: twice as fast as pixel by pixel
+    given = boxes
     if boxes is None:
-        boxes_or_all = torch.tensor([[0, 0, width, height]], device=device).expand(n, 4)
-    else:
-        boxes_or_all = boxes.to(device).round().long()
-    x1, y1, x2, y2 = boxes_or_all.split(1, dim=1)                                           # (N, 1) each
+        boxes = torch.tensor([[0.0, 0.0, width, height]]).expand(n, 4)
+    x1, y1, x2, y2 = boxes.to(device, non_blocking=True).round().long().split(1, dim=1)          # (N, 1) each
     column, row = torch.arange(width, device=device), torch.arange(height, device=device)
     inside_x, inside_y = (column >= x1) & (column < x2), (row >= y1) & (row < y2)           # (N, W), (N, H)
     mask = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]                               # (N, 1, H, W)
@@ -179,7 +178,7 @@ def photometric(images, params, boxes=None):
         return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
     def per_image(x):                                                                   # (N,) -> (N, 1, 1, 1)
-        return x.to(device=device, dtype=dtype)[:, None, None, None]
+        return x.to(device, dtype, non_blocking=True)[:, None, None, None]
 
     # Brightness, contrast and saturation blend an image with black, with its mean gray and with its gray
     # version: one affine map x -> a x + b gray(x) + c mean(gray(x)), clamped; a sample whose turn it is for
@@ -196,7 +195,7 @@ def photometric(images, params, boxes=None):
         x = (per_image(a) * x + (per_image(b) * gray + per_image(c) * mean)).clamp(0, 1)
         which = hue.nonzero().squeeze(1)
         if len(which):
-            index = which.to(device)
+            index = which.to(device, non_blocking=True)
             x[index] = shift_hue(x[index], per_image(params["hue"][which]))
 
     x = torch.where(per_image(params["gray"]) > 0, to_gray(x), x)
@@ -206,7 +205,7 @@ def photometric(images, params, boxes=None):
     # (torchvision mirrors there instead).
     which = (params["sigma"] > 0).nonzero().squeeze(1)
     if len(which):
-        index = which.to(device)
+        index = which.to(device, non_blocking=True)
 
         def blur_matrix(inside):                                                         # (n, X) -> (n, X, X)
             position = torch.arange(inside.shape[1], device=device, dtype=dtype)
@@ -215,12 +214,13 @@ def photometric(images, params, boxes=None):
             weight = weight * (distance.abs() <= 8) * inside[index][:, None, :]
             return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-12)
 
-        blur_y, blur_x = blur_matrix(inside_y)[:, None], blur_matrix(inside_x)[:, None]     # (n, 1, H, H), (n, 1, W, W)
+        blur_y, blur_x = blur_matrix(inside_y)[:, None], blur_matrix(inside_x)[:, None]
         x[index] = blur_y @ x[index] @ blur_x.transpose(2, 3)
 
-    flipped = torch.where(inside_x & params["flip"].to(device)[:, None], x1 + x2 - 1 - column, column)
+    flip = params["flip"].to(device, non_blocking=True)[:, None]
+    flipped = torch.where(inside_x & flip, x1 + x2 - 1 - column, column)
     x = x.gather(3, flipped[:, None, None, :].expand_as(x))
-    return torch.where(mask, x, images), boxes
+    return torch.where(mask, x, images), given
 
 
 def shift_hue(x, turn):
@@ -228,11 +228,11 @@ def shift_hue(x, turn):
     value, chroma = x.amax(dim=1, keepdim=True), x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
     safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
     r, g, b = x.split(1, dim=1)
-    hue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)              # in sixths of the circle
+    hue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)            # in sixths of the circle
     hue = torch.where(value == r, (g - b) / safe, hue)
     # Each channel falls from `value` by `chroma` over one sixth of the circle; red, green and blue stand 5, 3
     # and 1 sixths ahead.
-    ahead = torch.tensor([5, 3, 1], device=x.device, dtype=x.dtype)[:, None, None]
+    ahead = (5 - 2 * torch.arange(3, device=x.device))[:, None, None]
     k = (ahead + hue + 6 * turn) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 

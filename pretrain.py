@@ -45,13 +45,14 @@ FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "sa
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, fail = parser.add_argument, parser.error           # fail: one line, exit status 2
-    add("data", help="folder of images, searched to any depth (only its `train` child, if it has one), or a text "
-        "file of paths")
+    add("data", help="folder of images, searched to any depth (its `train` child alone, if there is one), or "
+        "a text file of paths")
     add("--arch", choices=["c4", "fpn"], required=True, help="R50-C4 or R50-FPN [paper 4.3]")
-    add("--method", choices=["moco", "ra", "cp", "insloc"], default="insloc", help="the ladder of Table 3b: MoCo "
-        "v2, with RoIAlign, with copy-paste, with box jitter: InsLoc [paper 5.2]")
+    add("--method", choices=["moco", "ra", "cp", "insloc"], default="insloc", help="Table 3b's ladder: MoCo "
+        "v2, with RoIAlign, with copy-paste, with box jitter = InsLoc [paper 5.2]")
     add("--resnet", choices=[f"resnet{depth}" for depth in (18, 34, 50, 101, 152)], default="resnet50",
         help="trunk [paper 4.3]")
     add("--epochs", type=int, default=200, help="200, or 400 [paper 5]")
@@ -63,28 +64,28 @@ def get_args(argv=None):
     add("--queue-size", type=int, default=65536, help="negatives a level [paper 5]")
     add("--temperature", type=float, default=0.2, help="of Eq. 2 [paper 5]")
     add("--ema", type=float, default=0.999, help="momentum of the key encoder [paper 5]")
-    add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: 224, "
-        "for moco and ra]")
-    add("--fg-size", type=int, nargs=2, metavar=("LOW", "HIGH"), help="sides of a pasted crop, ends included; half "
-        "the canvas to the canvas [paper 4.1: 128 to 256]")
-    add("--keep-aspect", action="store_true", help="fit a crop into the drawn sides instead of stretching it to "
-        "them [paper 4.1: off; released code: on]")
-    add("--aug-on", choices=["foreground", "composite"], default="foreground", help="where colour jitter, blur "
-        "and flip act [paper 5; composite: released code]")
-    add("--backgrounds", choices=["group", "dataset"], default="group", help="other samples of the group, or two "
-        "more decodes a sample [ours: as random, at no decode; dataset: released code]")
+    add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: "
+        "224, for moco and ra]")
+    add("--fg-size", type=int, nargs=2, metavar=("LOW", "HIGH"), help="sides of a pasted crop, ends "
+        "included; half the canvas to the canvas [paper 4.1: 128 to 256]")
+    add("--keep-aspect", action="store_true", help="fit a crop into the drawn sides instead of stretching it "
+        "to them [paper 4.1: off; released code: on]")
+    add("--aug-on", choices=["foreground", "composite"], default="foreground", help="where colour jitter, "
+        "blur and flip act [paper 5; composite: released code]")
+    add("--backgrounds", choices=["group", "dataset"], default="group", help="other samples of the group, or "
+        "two more decodes a sample [ours: as random, at no decode; dataset: released code]")
     add("--jitter-levels", choices=["p5", "all"], default="p5", help="FPN levels that pool the jittered box "
         "[released code]")
-    add("--allow-one-group", action="store_true", help="train though BatchNorm may leak the answer [ours: off]")
+    add("--allow-one-group", action="store_true", help="although BatchNorm may leak the answer [ours: off]")
     add("--init", metavar="WEIGHTS", help="start from any file that insloc.read_weights reads [ours: none]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[ours: a GPU if there is one]")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="[ours: bf16 on a GPU that has it, else fp32]")
-    add("--nprocs", type=int, help="processes to start; none under torchrun [ours: one a GPU, one on the CPU]")
+    add("--nprocs", type=int, help="processes to start, under torchrun none [ours: one a GPU, one on CPU]")
     add("--workers", type=int, help="loader workers a process [ours: its share of the cores, at most 8]")
     add("--seed", type=int, default=0, help="[ours: 0]")
     add("--out", help="run directory [ours: runs/METHOD_ARCH]")
-    add("--resume", action="store_true", help="go on where the run in --out stopped; from step 0 if it has no "
-        "checkpoint yet [ours: off]")
+    add("--resume", action="store_true", help="go on where the run in --out stopped; from step 0 if it has "
+        "no checkpoint yet [ours: off]")
     add("--save-steps", type=int, help="steps between checkpoints [ours: one epoch, at least 500]")
     add("--keep", type=int, default=0, help="numbered checkpoints kept beside the last two [ours: 0]")
     add("--log-every", type=int, default=10, help="steps between log lines [MoCo v2]")
@@ -97,7 +98,7 @@ def get_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
     if args.device == "cuda" and not gpus:
-        fail("--device cuda: torch sees no GPU here; take --device cpu, or install a driver and torch for CUDA")
+        fail("--device cuda: torch sees no GPU here; take --device cpu, or install a driver and CUDA torch")
     if not args.precision:
         args.precision = "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     pasting = args.method in ("cp", "insloc")
@@ -108,8 +109,8 @@ def get_args(argv=None):
         fail(f"--fg-size: --method {args.method} pastes nothing")
     args.fg_size = (args.fg_size or [args.image_size // 2, args.image_size]) if pasting else None
     if pasting and not 1 <= args.fg_size[0] <= args.fg_size[1] <= args.image_size:
-        fail("--fg-size {} {}: must be 1 <= LOW <= HIGH <= canvas ({})".format(*args.fg_size, args.image_size))
-    for name in ("epochs", "batch_size", "bn_group", "queue_size", "log_every", "nprocs", "save_steps", "preview"):
+        fail("--fg-size {} {}: must be 1 <= LOW <= HIGH <= canvas {}".format(*args.fg_size, args.image_size))
+    for name in "epochs batch_size bn_group queue_size log_every nprocs save_steps preview".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "weight_decay", "keep", "workers", "seed"):
@@ -118,19 +119,19 @@ def get_args(argv=None):
     if not (0 <= args.ema <= 1 and 0 < args.temperature < math.inf):
         fail("--ema must be in [0, 1] and --temperature above 0")
     if args.bn_group < (3 if pasting else 2):
-        fail(f"--bn-group {args.bn_group}: a group needs 3 images, a sample and two backgrounds (without pasting 2)")
+        fail(f"--bn-group {args.bn_group}: a group needs a sample and two backgrounds: 3 (without pasting 2)")
     if args.batch_size % args.bn_group:
         fail(f"--batch-size {args.batch_size} is not a multiple of --bn-group {args.bn_group}")
     groups = args.batch_size // args.bn_group
     if groups < 2 and not args.allow_one_group:
-        fail("one BatchNorm group: no shuffle parts keys from queries, and BatchNorm can leak the answer; take "
+        fail("one BatchNorm group: no shuffle parts keys from queries, BatchNorm can leak the answer; take "
              f"--batch-size {2 * args.bn_group}, or a smaller --bn-group, or insist with --allow-one-group")
     args.nprocs = args.nprocs or (gpus if args.device == "cuda" else 1)
     if launched:
         args.nprocs = int(os.environ["WORLD_SIZE"])
     if groups % args.nprocs:
         fits = max(n for n in range(1, min(groups, args.nprocs) + 1) if groups % n == 0)
-        fail(f"{args.nprocs} processes cannot share {groups} groups evenly; the most that can: --nprocs {fits}")
+        fail(f"{args.nprocs} processes cannot share {groups} groups evenly, at most --nprocs {fits} can")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", args.nprocs))
     if args.device == "cuda" and here > gpus:
         fail(f"{here} processes need as many GPUs, there are {gpus}: --nprocs {gpus}")
@@ -149,7 +150,8 @@ def find_images(args):
     if os.path.isdir(data):
         if os.path.isdir(os.path.join(data, "train")):
             data = os.path.join(data, "train")
-            print(f"taking {data} alone")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"taking {data} alone")
         root, seen = os.fsencode(data), set()               # seen: real folders, as a link may lead back up
         for folder, subfolders, files in os.walk(root, followlinks=True):
             identity = (os.stat(folder).st_dev, os.stat(folder).st_ino)
@@ -162,8 +164,11 @@ def find_images(args):
         names.sort()
     else:
         root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
-        with open(data, "rb") as f:
-            text = f.read()
+        try:
+            with open(data, "rb") as f:
+                text = f.read()
+        except OSError as error:
+            sys.exit(f"pretrain.py: error: {error}")
         lines = text.split(b"\0") if b"\0" in text else text.replace(b"\r\n", b"\n").split(b"\n")
         names = [name for name in lines if name]
         missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
@@ -174,7 +179,7 @@ def find_images(args):
         sys.exit(f"pretrain.py: error: {data}: {len(missing)} of {len(names)} listed files do not exist, "
                  f"the first is {os.fsdecode(missing[0])!r}")
     if len(names) < args.batch_size:
-        sys.exit(f"pretrain.py: error: {data} has {len(names)} images, fewer than a batch of {args.batch_size}"
+        sys.exit(f"pretrain.py: error: {data} has {len(names)} images, less than a batch of {args.batch_size}"
                  + ("" if names else f"; endings looked for: {b' '.join(EXTENSIONS).decode()}"))
     return PathList(names, os.fsdecode(root))
 
@@ -189,7 +194,7 @@ def make_data(args, paths):
 
 
 def ignore_signals(_):
-    """For loader workers: Ctrl-C and a cluster's SIGTERM reach them too, but they must outlast the last step."""
+    """For loader workers: Ctrl-C and a cluster's SIGTERM reach them, but they must outlast the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -201,26 +206,32 @@ def kill_workers():
         worker.kill()
 
 
+def on(device, tensor):
+    """Copied to the device; unlike a plain .to(), without waiting until a GPU has done what it has to do."""
+    return tensor.to(device, non_blocking=True)
+
+
 def augment(view, args):
     """uint8 composites of a view -> augmented, normalised images (N, 3, S, S), where the composites are."""
     images = view["images"].to(torch.float64 if args.precision == "fp64" else torch.float32) / 255
     inside = args.method in ("cp", "insloc") and args.aug_on == "foreground"                 # Sec. 5
     images, _ = photometric(images, view, view["boxes"] if inside else None)
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (on(images.device, torch.tensor(values, dtype=images.dtype)[:, None, None])
+                 for values in (PIXEL_MEAN, PIXEL_STD))
     images = (images - mean) / std
     return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
 
 def boxes_of(view, args, device):
-    """The boxes to pool: true ones for keys, jittered ones for queries (FPN: P5 alone, unless told otherwise)."""
+    """The boxes to pool: true ones for keys, jittered ones for queries, FPN's on P5 alone by default."""
     if args.method == "moco":
         return None
-    true, jittered = view["boxes"].to(device), view["jittered"].to(device)
+    true, jittered = on(device, view["boxes"]), on(device, view["jittered"])
     return [true, true, true, jittered] if args.arch == "fpn" and args.jitter_levels == "p5" else jittered
 
 
 def pack(view):
-    """Boxes and parameters, a dict of (n, ...) tensors -> one float64 matrix (n, C), to travel in one piece."""
+    """Boxes and parameters, a dict of (n, ...) tensors -> one float64 matrix (n, C), to travel as one."""
     return torch.cat([values.reshape(len(values), -1).double() for values in view.values()], dim=1)
 
 
@@ -238,14 +249,14 @@ def shuffle(rows, permutation, rank, world):
     """
     n, device = len(rows), rows.device
     if world == 1:
-        return rows[permutation.to(device)]
+        return rows[on(device, permutation)]
     mine = slice(rank * n, (rank + 1) * n)
     places, origins = permutation.argsort()[mine], permutation[mine] // n   # of old rows; ranks of new ones
     received, new = torch.empty_like(rows), torch.empty_like(rows)
-    dist.all_to_all_single(received, rows[places.argsort().to(device)],
+    dist.all_to_all_single(received, rows[on(device, places.argsort())],
                            output_split_sizes=torch.bincount(origins, minlength=world).tolist(),
                            input_split_sizes=torch.bincount(places // n, minlength=world).tolist())
-    new[origins.argsort(stable=True).to(device)] = received     # they come by rank, within a rank by place
+    new[on(device, origins.argsort(stable=True))] = received     # they come by rank, within a rank by place
     return new
 
 
@@ -264,7 +275,10 @@ def save_composites(args, paths, count):
     frame."""
     views, make_group = make_data(args, paths)
     size = max(count, args.bn_group)
-    group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
+    try:
+        group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
+    except Unreadable as error:
+        sys.exit(f"pretrain.py: error: {error}")
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     anchors, frame, panels = grid_anchors(args.image_size), args.image_size // 4, []
     drawn = {name: ((augment(group[name], args).float() * std + mean) * 255).round().byte()
@@ -301,14 +315,18 @@ def save_curves(args, chance):
 
 def peak_memory(cuda):
     """GB: allocated on the GPU, or resident in this process."""
-    return torch.cuda.max_memory_allocated() / 1e9 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def commit():
     """The commit that this file is of, or "unknown" outside of a checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    here = os.path.dirname(os.path.abspath(__file__))
     with contextlib.suppress(OSError):
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True)
+        return git.stdout.strip() or "unknown"
     return "unknown"
 
 
@@ -323,7 +341,7 @@ def read_log(args):
 
 
 def write_file(path, write, previous=None):
-    """write(file) beside `path`, then rename: a kill or a full disk leaves the old file. It stays as `previous`."""
+    """write(file) beside `path`, then rename: a kill or a full disk loses nothing. The old one: `previous`."""
     with open(path + ".tmp", "wb") as f:
         write(f)
         f.flush()
@@ -376,16 +394,17 @@ def main(rank, args, paths, rendezvous="env://"):
     talk = print if rank == 0 else lambda *_, **__: None
 
     # ---- run directory, before the processes meet: a refusal is one line
-    os.makedirs(args.out, exist_ok=True)
     log_path = os.path.join(args.out, "log.jsonl")
     if rank == 0:
-        lock = open(os.path.join(args.out, "lock"), "w")    # held until this process ends
         try:
+            lock = open(os.path.join(args.out, "lock"), "w")        # held until this process ends
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             sys.exit(f"pretrain.py: error: another process trains into {args.out}: give another --out")
+        except OSError as error:
+            sys.exit(f"pretrain.py: error: --out: {error}")
         if os.path.exists(log_path) and not args.resume:
-            sys.exit(f"pretrain.py: error: {args.out} holds a run: --resume continues it, --out starts another")
+            sys.exit(f"pretrain.py: error: {args.out} holds a run: --resume goes on, --out starts another")
     state = load(args, paths, talk) if args.resume else None
     weights = None
     if args.init and not state:
@@ -402,7 +421,7 @@ def main(rank, args, paths, rendezvous="env://"):
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    if world > 1:                                           # gloo beside nccl: small CPU tensors wait for no GPU
+    if world > 1:                                   # gloo beside nccl: small CPU tensors wait for no GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, rendezvous, rank=rank, world_size=world)
 
@@ -420,11 +439,11 @@ def main(rank, args, paths, rendezvous="env://"):
         agree(0)
         sys.exit(status)
 
-    if agree(int(paths.digest(), 16)) != int(paths.digest(), 16):
-        sys.exit(f"pretrain.py: error: process {rank} sees other images under {paths.root} than another one")
+    digest = int(paths.digest(), 16)
+    if agree(digest) != -agree(-digest):
+        leave(f"pretrain.py: error: the processes see different images in {args.data}")
 
-    # ---- model: every rank holds the same parameters and the same queue; encoder_k starts as a copy of
-    # encoder_q
+    # ---- model: the same parameters and the same queue on every rank
     torch.manual_seed(args.seed)
     with_neck = args.arch == "fpn" and args.method != "moco"            # MoCo v2 trains neither neck nor head
     encoder_q = (FPNEncoder if with_neck else C4Encoder)(args.resnet)
@@ -438,11 +457,11 @@ def main(rank, args, paths, rendezvous="env://"):
     encoder_q.to(device, dtype)
     if cuda:
         encoder_q.to(memory_format=torch.channels_last)
-    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)                  # starts as a copy
     optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
-    # BatchNorm's running statistics are each rank's own, since each normalises its own groups; weights on
-    # disk carry their mean over the ranks. Nothing in training reads them.
+    # BatchNorm's running statistics are each rank's own, as are the groups that it normalises; nothing in
+    # training reads them. Weights on disk carry their mean over the ranks.
     statistics = [b for module in (encoder_q, encoder_k) for b in module.buffers() if b.is_floating_point()]
 
     def set_statistics(values):
@@ -455,26 +474,26 @@ def main(rank, args, paths, rendezvous="env://"):
         encoder_k.load_state_dict(state["encoder_k"])
         queue.load_state_dict(state["queue"])
         optimizer.load_state_dict(state["optimizer"])
-        if len(state["statistics"]) == world:
-            set_statistics(state["statistics"][rank])
         step, damaged = state["step"], set(state["damaged"])
-        del state
     net = encoder_q
     if world > 1:
         net = DistributedDataParallel(encoder_q, [device] if cuda else None, broadcast_buffers=False)
+    if state and len(state["statistics"]) == world:
+        set_statistics(state["statistics"][rank])
     if args.compile:
         encoder_q.compile(), encoder_k.compile()
 
-    # ---- data: a step is `groups` BatchNorm groups; each rank works through `mine` of them, one after the
-    # other
+    # ---- data: a step is `groups` BatchNorm groups; a rank works through `mine` of them, one by one
     groups, epoch_steps = args.batch_size // args.bn_group, len(paths) // args.batch_size
     mine, last_step = groups // world, args.epochs * epoch_steps
     save_steps = args.save_steps or max(epoch_steps, 500)
     views, make_group = make_data(args, paths)
     keys = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step,
                    range(rank * mine, (rank + 1) * mine))
-    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=keys, collate_fn=make_group, pin_memory=cuda,
-                                              num_workers=args.workers, worker_init_fn=ignore_signals))
+    Finalize(None, kill_workers, exitpriority=0)
+    loader = iter(torch.utils.data.DataLoader(
+        views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers, pin_memory=cuda,
+        worker_init_fn=ignore_signals))
 
     # ---- the run in numbers
     chance = len(levels) * math.log(1 + args.queue_size)
@@ -483,25 +502,26 @@ def main(rank, args, paths, rendezvous="env://"):
 device  {world} x {args.device}, {args.precision}, {args.workers} loader workers each
 images  {len(paths):,} in {paths.root or "."}
 step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {mine} of them a process
-steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; an epoch leaves {len(paths) % args.batch_size} images out
+steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; {len(paths) % args.batch_size} images left out
 rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}
-queue   {args.queue_size:,} keys x {len(levels)} levels, full of real ones after {-(-args.queue_size // args.batch_size)} steps
+queue   {args.queue_size:,} keys x {len(levels)} levels, full after {math.ceil(args.queue_size / args.batch_size)} steps
 chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
     if args.queue_size > len(paths) / 2:
-        talk("WARNING: the queue is larger than half of the images: an image's own older keys become its negatives; "
+        talk("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
              f"--queue-size {2 ** int(math.log2(len(paths) / 2))} would fit")
     if args.bn_group < 8:
-        talk(f"WARNING: a BatchNorm group of {args.bn_group} gives noisy statistics and few backgrounds; take 8 or more")
+        talk(f"WARNING: --bn-group {args.bn_group} gives noisy statistics, few backgrounds; take 8 or more")
 
     # ---- log and pictures
     if rank == 0:
-        records = [r for r in read_log(args) if r["step"] <= step] if step else []  # the later ones come again
+        records = [r for r in read_log(args) if r["step"] <= step] if step else []  # later ones come again
         records.append({"step": step, "args": vars(args), "images": paths.digest(), "commit": commit(),
                         "torch": torch.__version__, "torchvision": torchvision.__version__,
                         "python": sys.version.split()[0]})
         write_file(log_path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
-        names = b"\0".join(paths.name(i) for i in range(len(paths)))
-        write_file(os.path.join(args.out, "images.list"), lambda f: f.write(names))
+        if step == 0:
+            names = b"\0".join(paths.name(i) for i in range(len(paths)))
+            write_file(os.path.join(args.out, "images.list"), lambda f: f.write(names))
         save_composites(args, paths, 8)
         from torch.utils.tensorboard import SummaryWriter
         events = SummaryWriter(args.out, purge_step=step + 1)
@@ -511,14 +531,13 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             with open(log_path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
-    Finalize(None, kill_workers, exitpriority=0)
     signals = []                                        # a request to stop waits here for the end of the step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)   # losses, acc_queue, acc_batch
-    bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)     # the first with a non-finite loss
+    bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)     # first non-finite loss
     unreported, first_step, logged_step, waited = set(), step, step, 0.0
     started = logged_at = time.perf_counter()
 
@@ -539,12 +558,11 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         # The key encoder follows the query encoder.
         momentum_update(encoder_k, encoder_q, args.ema)
 
-        # Shuffle the keys over the groups of all ranks, so that a key is not normalised with its query's
-        # neighbours (Shuffle-BN). Images travel as uint8, each to one rank; only the embeddings come back, to
-        # all.
+        # Shuffle the keys over the groups of all ranks, so that BatchNorm sees a key among other images than
+        # its query (Shuffle-BN). Images travel as uint8, each to one rank; only embeddings come back, to all.
         permutation = torch.randperm(args.batch_size, generator=generator_for(args.seed, "shuffle", step))
+        images = torch.cat([on(device, group["key"].pop("images")).permute(0, 2, 3, 1) for group in batch])
         key = {name: torch.cat([group["key"][name] for group in batch]) for name in batch[0]["key"]}
-        images = key.pop("images").to(device, non_blocking=True).permute(0, 2, 3, 1)         # as it is in memory
         key = unpack(shuffle(pack(key), permutation, rank, world), like=key)
         key["images"] = shuffle(images, permutation, rank, world).permute(0, 3, 1, 2)
 
@@ -554,19 +572,18 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             for first in range(0, len(images), args.bn_group):
                 group = {name: values[first:first + args.bn_group] for name, values in key.items()}
                 k.append(encoder_k(augment(group, args), boxes_of(group, args, device)))     # Eq. 4, 6
-        k = all_gather(torch.cat(k), world)[permutation.argsort().to(device)]   # (B, L, D), in the queries' order
+        k = all_gather(torch.cat(k), world)[on(device, permutation.argsort())]  # (B, L, D), as the queries
 
-        # Encode the queries, a group at a time with a backward each, so that memory does not grow with the
-        # batch.
+        # Encode the queries, a group at a time with a backward each: memory does not grow with the batch.
         optimizer.zero_grad()
         for i, group in enumerate(batch):
             first = (rank * mine + i) * args.bn_group
             own = torch.arange(first, first + args.bn_group, device=device)                  # rows of k
-            query = {**group["query"], "images": group["query"]["images"].to(device, non_blocking=True)}
+            query = {**group["query"], "images": on(device, group["query"]["images"])}
             last = world == 1 or i == mine - 1              # the ranks add up their gradients once a step
             with contextlib.nullcontext() if last else net.no_sync():
                 with autocast:
-                    q = net(augment(query, args), boxes_of(query, args, device))             # Eq. 3, 5: (N, L, D)
+                    q = net(augment(query, args), boxes_of(query, args, device))             # Eq. 3, 5
                 loss, logits = info_nce(q, k[own], queue.keys, args.temperature)             # Eq. 2
                 (loss.sum() / mine).backward()              # sum over levels, mean over groups
             with torch.no_grad():                           # stays on the device until a line is logged
@@ -599,18 +616,18 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                 dist.all_reduce(totals)
                 dist.all_reduce(bad_step, op=dist.ReduceOp.MIN)
             if bad_step < math.inf:
-                leave(f"pretrain.py: error: the loss of step {int(bad_step)} is not finite; {args.out} keeps its last "
-                      "good checkpoint. Lower --lr, or try --precision fp32")
+                leave(f"pretrain.py: error: the loss of step {int(bad_step)} is not finite; {args.out} keeps "
+                      "its last good checkpoint. Lower --lr, or try --precision fp32")
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             now = time.perf_counter()
             took = now - logged_at
             speed, left = (step - logged_step) * args.batch_size / took, (now - started) / (step - first_step)
             line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "loss": sum(losses),
-                    **{f"loss_{level}": value for level, value in zip(levels, losses)}, "acc_queue": acc_queue,
-                    "acc_batch": acc_batch, "images_per_s": speed, "data_wait": waited / took,
-                    "queue_filled": queue.filled.item(), "memory_gb": peak_memory(cuda)}
-            talk(f"step {step}/{last_step}  epoch {epoch}  loss {line['loss']:.3f}  acc_queue {acc_queue:.3f}  "
-                 f"acc_batch {acc_batch:.3f}  {speed:.1f} images/s  data wait {waited / took:.0%}  "
+                    **{f"loss_{level}": value for level, value in zip(levels, losses)},
+                    "acc_queue": acc_queue, "acc_batch": acc_batch, "images_per_s": speed,
+                    "data_wait": waited / took, "queue_filled": queue.filled.item(), "memory_gb": peak_memory(cuda)}
+            talk(f"step {step}/{last_step}  epoch {epoch}  loss {sum(losses):.3f}  "
+                 f"acc_queue {acc_queue:.3f}  acc_batch {acc_batch:.3f}  {speed:.1f} images/s  data wait {waited / took:.0%}  "
                  f"left {datetime.timedelta(seconds=round(left * (last_step - step)))}", flush=True)
             record(**line)
             for name, value in line.items() if rank == 0 else ():
@@ -622,8 +639,8 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             own = torch.cat([b.flatten() for b in statistics])
             everyone = all_gather(own[None], world)                                  # (ranks, statistics)
             if not all(t.isfinite().all() for t in (*encoder_q.parameters(), everyone, queue.keys)):
-                leave(f"pretrain.py: error: the weights of step {step} are not finite; {args.out} keeps its last good "
-                      "checkpoint. Lower --lr, or try --precision fp32")
+                leave(f"pretrain.py: error: the weights of step {step} are not finite; {args.out} keeps its "
+                      "last good checkpoint. Lower --lr, or try --precision fp32")
             failure = None
             if rank == 0:
                 set_statistics(everyone.mean(dim=0))
@@ -643,8 +660,8 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             leave(f"pretrain.py: error: {len(damaged)} of {len(paths)} images cannot be read, more than 1 %: "
                   + ", ".join(repr(paths[index]) for index in sorted(damaged)[:10]))
         if stop and step < last_step:
-            leave(f"stopped by {signal.Signals(stop).name} after step {step}; the same command with --resume goes on",
-                  status=128 + stop)
+            leave(f"stopped by {signal.Signals(stop).name} after step {step}; the same command with --resume "
+                  "goes on", status=128 + stop)
 
     talk(f"done, {last_step} steps: weights {args.out}/backbone.pth, curves {args.out}/loss.png")
     if world > 1:
@@ -654,8 +671,11 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
 def launch():
     args = get_args()
     paths = find_images(args)
-    if args.preview:
+    try:
         os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"pretrain.py: error: --out: {error}")
+    if args.preview:
         save_composites(args, paths, args.preview)
     elif args.nprocs == 1 or "RANK" in os.environ:      # alone, or a process of torchrun: no other is started
         main(int(os.environ.get("RANK", 0)), args, paths)
@@ -666,8 +686,8 @@ def launch():
 def start_processes(args, paths):
     """One process a rank; hands signals on to them and ends as they end."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(main, (args, paths, f"file://{folder}/rendezvous"), args.nprocs, join=False,
-                                     start_method="spawn")
+        context = mp.start_processes(main, (args, paths, f"file://{folder}/rendezvous"), args.nprocs,
+                                     join=False, start_method="spawn")
 
         def hand_on(number, frame):
             for process in context.processes:
@@ -681,7 +701,8 @@ def start_processes(args, paths):
                 pass
         except mp.ProcessExitedException as error:          # the rank has said why, unless it was killed
             if error.exit_code < 0:
-                print(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+                print(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint",
+                      file=sys.stderr)
             sys.exit(max(error.exit_code, 1))
 
 
