@@ -19,11 +19,16 @@ Letters in shapes: N images of a group, S side of the square canvas in pixels, A
 embedding width, K queue size, B keys of a step. Sizes are always (h, w). Boxes are float xyxy in pixels,
 half-open: x1 = left edge, x2 = right edge, so a pasted (h, w) crop has x2 - x1 = w.
 """
+import argparse
 import hashlib
 import io
+import json
 import math
 import os
+import pickle
+import re
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -614,3 +619,187 @@ def momentum_update(encoder_k, encoder_q, momentum=0.999):
     Parameters only: the key encoder's BatchNorm statistics are those of its own forward passes, as in MoCo.
     """
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - momentum)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7  Weights: any system's checkpoint -> torchvision's names -> detectron2's names
+# ------------------------------------------------------------------------------------------------------------
+
+class Weights(NamedTuple):
+    backbone: dict          # torchvision's names, without fc: every tensor of the trunk
+    extras: dict            # our names (fpn.*, box_head.*): neck and box head in whole, or nothing
+    source: str             # "METHOD, resnet50 at PREFIX", METHOD spelt as in the paper's tables
+    pixel_mean: tuple       # input = (image in [0, 1] - mean) / std, channels in the order below
+    pixel_std: tuple
+    channel_order: str
+    dropped: tuple          # the file's own names of the tensors that are neither
+
+
+# Who made a file, by its name or its tensors' names, first match: the numbers do not tell.
+SYSTEMS = (
+    ("InsLoc", r"insloc|roi_head\.(bbox|shared)_head\."), ("SwAV", r"swav|\bprototypes\."),
+    ("SimCLR, converted", r"resnet50-1x|simclr[-_]v1"), ("SimCLR", r"simclr"),
+    ("BYOL, converted", r"pretrain_res50x1|^byol\."), ("BYOL", r"byol|\bonline_net\."),
+    ("InfoMin", r"infomin|\bhead_jig\."), ("Relative Loc.", r"relative[-_]loc"), ("MoCo-v1", r"moco[-_]?v1"),
+    ("MoCo-v2", r"moco[-_]?v2|module\.encoder_q\.fc\.2\."), ("MoCo-v1", r"module\.encoder_q\.fc\.weight"),
+    ("DenseCL", r"densecl"), ("PixPro", r"pixpro"), ("SoCo", r"soco"),
+    ("Supervised", r"^resnet\d+-[0-9a-f]{8}|imagenet_r50|^R-\d+\.pkl|in1k|^model\.safetensors"))
+# Their input where it is not ImageNet's RGB statistics. SwAV's loader has .228 for red; SimCLR's has none.
+INPUTS = {"SwAV": (PIXEL_MEAN, (0.228, 0.224, 0.225)), "SimCLR, converted": ((0., 0., 0.), (1., 1., 1.))}
+
+BLOCKS = {"lateral": "inner_blocks", "fpn": "layer_blocks", "output": "layer_blocks"}
+SPELLINGS = tuple((re.compile(r"(^|\.)" + theirs), ours) for theirs, ours in (  # detectron2's, InsLoc's: ours
+    (r"backbone\.bottom_up\.", r"\1backbone."),
+    (r"(?:roi_heads|roi_head\.shared_head)\.(?=res5\.\d|layer4\.)", r"\1backbone."),  # C4's head: last stage
+    (r"(?:backbone\.fpn_(lateral|output)(\d)|neck\.(lateral|fpn)_convs\.(\d))\.(norm\.|bn\.|conv\.)?",
+     lambda m: f"{m[1]}fpn.{BLOCKS[m[2] or m[4]]}.{m[5] or int(m[3]) - 2}.{int(m[6] in ('norm.', 'bn.'))}."),
+    (r"roi_head\.bbox_head\.shared_convs\.(\d)\.(conv|bn)\.",
+     lambda m: f"{m[1]}box_head.{m[3]}{int(m[2]) + 1}."),
+    (r"roi_head\.bbox_head\.shared_fcs\.0\.", r"\1box_head.fc1."), (r"roi_heads\.box_head\.", r"\1box_head."),
+    (r"stem\.conv1\.", r"\1conv1."), (r"res([2-5])\.(?=\d)", lambda m: f"{m[1]}layer{int(m[2]) - 1}."),
+    (r"conv(\d)\.norm\.", r"\1bn\2."),
+    (r"shortcut\.(norm\.)?", lambda m: f"{m[1]}downsample.{int(bool(m[2]))}.")))
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads NumPy arrays in dicts and lists, as detectron2's .pkl files are; nothing else it names is run."""
+    allowed = {"_reconstruct": np.zeros(1).__reduce__()[0], "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
+               "scalar": np.float64(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
+               "encode": str.encode, "OrderedDict": dict}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in self.allowed:
+            return self.allowed[name]
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def read_file(path, trust=False):
+    """What torch.save, safetensors or a pickle of arrays wrote, unless it runs code.    needs: ArraysOnly"""
+    differ = "features still differ a little: it pads strided layers at bottom and right only"
+    if re.search(r"ckpt-\d+(\.(index|meta|data-.*))?$", path):
+        raise ValueError("from TensorFlow: convert it first (SimCLR: github.com/tonylins/simclr-converter); "
+                         + differ)
+    with open(path, "rb") as f:
+        head = f.read(64)
+        f.seek(0)
+        try:
+            if path.endswith(".safetensors"):
+                data, dtypes = f.read(), {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+                start = 8 + int.from_bytes(data[:8], "little")
+                table = {name: x for name, x in json.loads(data[8:start]).items() if name != "__metadata__"}
+                data = bytearray(data[start:])
+                return {name: torch.frombuffer(data, dtype=dtypes[x["dtype"]], offset=x["data_offsets"][0],
+                                               count=math.prod(x["shape"])).reshape(x["shape"])
+                        for name, x in table.items()}
+            if head[:2] == b"PK" or bytes.fromhex("8a0a6cfc9c46f9206aa85019") in head:    # torch.save
+                with torch.serialization.safe_globals([argparse.Namespace]):  # PixPro's, InfoMin's opt
+                    return torch.load(f, map_location="cpu", weights_only=not trust)
+            if head[:1] == b"\x80":
+                return (pickle.Unpickler if trust else ArraysOnly)(f, encoding="latin1").load()
+        except Exception as error:                                              # a damaged or a hostile file
+            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+            asked = asked[1] if asked else getattr(error, "name", None) or ""
+            if asked.split(".")[0] in ("haiku", "jax", "jaxlib", "dill"):
+                raise ValueError(f"from JAX ({asked}): convert it first (BYOL: github.com/ajtejankar/byol-"
+                                 f"convert); {differ} (70 instead of 74.6 % top-1)") from None
+            if asked:
+                raise ValueError(f"it asks for {asked}: --trust lets the file run code") from None
+            raise ValueError(f"damaged: {str(error).split('. ')[0] or type(error).__name__}") from None
+    raise ValueError(f"neither torch.save's, nor safetensors, nor a pickle: it begins with {head[:8]!r}")
+
+
+def read_weights(path, trust=False):
+    """Trunk, and neck and box head if there, of a run directory or of any system's checkpoint: Weights.
+
+    One rule: of all places in the file where a ResNet may stand, the one with every tensor of a torchvision
+    ResNet in its shape and no other layers; a moving average (key encoder, target, teacher) is no place. Else
+    ValueError, with the nearest place and its faults. trust: the file may run code.
+    needs: read_file, FPNEncoder, the tables above
+    """
+    if os.path.isdir(path):
+        names = [name for name in ("checkpoint.pth", "checkpoint_prev.pth", "backbone.pth")
+                 if os.path.exists(os.path.join(path, name))]
+        if not names:
+            raise ValueError("a directory without checkpoint.pth")
+        path = os.path.join(path, names[0])
+    content, clues, flat, theirs = read_file(path, trust), [os.path.basename(path)], {}, {}
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif isinstance(value, (torch.Tensor, np.ndarray)):
+                name = f"{prefix}{key}"
+                clues.append(name)
+                for spelling, ours in SPELLINGS:
+                    name = spelling.sub(ours, name)
+                if name in flat:
+                    raise ValueError(f"two tensors claim to be {name}")
+                flat[name], theirs[name] = torch.as_tensor(value), clues[-1]
+
+    walk(content if isinstance(content, dict) else {}, "")
+    if any(name.endswith("res2_0_branch2a_w") for name in flat):
+        raise ValueError("MSRA's net, with strides unlike torchvision's: only finetune_det.py takes it")
+
+    found, average = [], re.compile(r"(^|[._])(k|ema|target|momentum|teacher|loss)[._]")
+    places = {m[1] for m in (re.match(r"(.*?)(conv1|layer\d\.0\.conv1)\.weight$", x) for x in flat) if m}
+    for resnet in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        with torch.device("meta"):
+            net = getattr(torchvision.models, resnet)().state_dict()
+            trunk = {name: x.shape for name, x in net.items() if not name.startswith("fc.")}
+        for prefix in sorted(place for place in places if not average.search(place) and "layer" not in place):
+            here = {name[len(prefix):]: x for name, x in flat.items() if name.startswith(prefix)}
+            faults = [f"{name} is missing" for name in trunk if name not in here and "num_b" not in name]
+            faults += [f"{name} is {tuple(here[name].shape)}, not {tuple(trunk[name])}" for name in trunk
+                       if name in here and here[name].shape != trunk[name]]
+            faults += [f"{name} is one too many" for name in here
+                       if name not in trunk and re.match(r"(conv\d|bn\d|layer\d)\.", name)]
+            found.append((len(faults), resnet, prefix, here, trunk, faults))
+    if not found:
+        raise ValueError(f"no ResNet (averages do not count); it has {', '.join(clues[1:4]) or 'nothing'}")
+    count, resnet, prefix, here, trunk, faults = min(found, key=lambda place: place[0])
+    if count:
+        raise ValueError(f"no whole ResNet; nearest: {resnet} at {prefix or 'top level'!r}, with {count} "
+                         f"fault{'s' * (count > 1)}: {'; '.join(faults[:4])}")
+    for other in (place for place in found if place[0] == 0):
+        if any(not torch.equal(here[name], x) for name, x in other[3].items() if name in trunk):
+            raise ValueError(f"two different ResNets, at {prefix!r} and {other[2]!r}: keep one in the file")
+
+    def take(names, parent):            # counters of old files are missing; nothing depends on them
+        return {name: flat[parent + name].float() if "num_batches" not in name else
+                flat.get(parent + name, torch.zeros(())).long() for name in names}
+
+    with torch.device("meta"):
+        parts = {name: x.shape for name, x in FPNEncoder(resnet).state_dict().items()
+                 if name.startswith(("fpn.", "box_head."))}
+    parent = re.sub(r"(^|\.)(resnet|backbone)\.$", r"\1", prefix)
+    if any(parent + name not in flat or flat[parent + name].shape != shape for name, shape in parts.items()
+           if "num_batches" not in name):
+        parts = {}                      # neck and box head in whole or not at all
+    used = {prefix + name for name in trunk} | {parent + name for name in parts}
+    args = content.get("args") if "encoder_q" in content else None                  # a run of pretrain.py
+    method = next((system for system, clue in SYSTEMS if any(re.search(clue, name, re.I) for name in clues)),
+                  "unknown system")
+    if args:
+        method = {"moco": "MoCo-v2", "ra": "RA", "cp": "RA+CP", "insloc": "InsLoc"}[args["method"]]
+    mean, std = INPUTS.get(method, (PIXEL_MEAN, PIXEL_STD))
+    source = f"{method}, {resnet} at {prefix or 'top level'}"
+    return Weights(take(trunk, prefix), take(parts, parent), source, mean, std, "RGB",
+                   tuple(name for ours, name in theirs.items() if ours not in used))
+
+
+def to_detectron2(weights, arch):
+    """{detectron2's name: tensor} for its R50-C4 ("c4") or R50-FPN ("fpn"), to be loaded by exact names."""
+    rules = ((r"^(conv1|bn1)\.", r"stem.\1."), (r"bn(\d)\.", r"conv\1.norm."),
+             (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
+             (r"downsample\.0\.", "shortcut."), (r"downsample\.1\.", "shortcut.norm."),
+             (r"^fpn\.(inner|layer)_blocks\.(\d)\.(\d)\.", lambda m:
+              f"fpn_{'lateral' if m[1] == 'inner' else 'output'}{int(m[2]) + 2}.{'norm.' * int(m[3])}"))
+    renamed = {}
+    for name, x in {**weights.backbone, **(weights.extras if arch == "fpn" else {})}.items():
+        in_head = name.startswith("box_head" if arch == "fpn" else "layer4")    # C4's head is the last stage
+        in_trunk = "backbone." if arch == "c4" or name.startswith("fpn") else "backbone.bottom_up."
+        for ours, theirs in rules:
+            name = re.sub(ours, theirs, name)
+        renamed[("roi_heads." if in_head else in_trunk) + name] = x
+    return renamed

@@ -36,7 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, PathList, Unreadable,
-                    Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric)
+                    Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric,
+                    read_weights)
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
@@ -341,7 +342,7 @@ def read_log(args):
 
 
 def write_file(path, write, previous=None):
-    """write(file) beside `path`, then rename: a kill or a full disk loses nothing. The old one: `previous`."""
+    """write(file) beside `path`, then rename: a kill or a full disk loses nothing. The old: `previous`."""
     with open(path + ".tmp", "wb") as f:
         write(f)
         f.flush()
@@ -504,7 +505,7 @@ images  {len(paths):,} in {paths.root or "."}
 step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {mine} of them a process
 steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; {len(paths) % args.batch_size} images left out
 rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}
-queue   {args.queue_size:,} keys x {len(levels)} levels, full after {math.ceil(args.queue_size / args.batch_size)} steps
+queue   {args.queue_size:,} keys x {len(levels)} levels, {args.queue_size / args.batch_size:.0f} steps fill it
 chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
     if args.queue_size > len(paths) / 2:
         talk("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
@@ -621,14 +622,16 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             now = time.perf_counter()
             took = now - logged_at
-            speed, left = (step - logged_step) * args.batch_size / took, (now - started) / (step - first_step)
+            speed = (step - logged_step) * args.batch_size / took
+            left = round((now - started) / (step - first_step) * (last_step - step))
             line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "loss": sum(losses),
                     **{f"loss_{level}": value for level, value in zip(levels, losses)},
                     "acc_queue": acc_queue, "acc_batch": acc_batch, "images_per_s": speed,
-                    "data_wait": waited / took, "queue_filled": queue.filled.item(), "memory_gb": peak_memory(cuda)}
+                    "data_wait": waited / took, "queue_filled": queue.filled.item(),
+                    "memory_gb": peak_memory(cuda)}
             talk(f"step {step}/{last_step}  epoch {epoch}  loss {sum(losses):.3f}  "
-                 f"acc_queue {acc_queue:.3f}  acc_batch {acc_batch:.3f}  {speed:.1f} images/s  data wait {waited / took:.0%}  "
-                 f"left {datetime.timedelta(seconds=round(left * (last_step - step)))}", flush=True)
+                 f"acc_queue {acc_queue:.3f}  acc_batch {acc_batch:.3f}  {speed:.1f} images/s  "
+                 f"data wait {waited / took:.0%}  left {datetime.timedelta(seconds=left)}", flush=True)
             record(**line)
             for name, value in line.items() if rank == 0 else ():
                 events.add_scalar(name, value, step)
