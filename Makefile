@@ -21,6 +21,13 @@ $(VENV)/installed: requirements.txt Makefile
 	$(BIN)/python -c 'import torchvision, detectron2, detectron2.engine, pycocotools'
 	touch $@
 
+# A toy pre-training, on the CPU on purpose: what it draws and logs is what a real one draws and logs.
+demo: install
+	test -d toy || $(BIN)/python tests/toy.py toy
+	$(BIN)/python pretrain.py --arch c4 --resnet resnet18 --image-size 64 --batch-size 32 --bn-group 8 --queue-size 256 \
+		--ema 0.99 --lr 0.02 --epochs 8 --device cpu --nprocs 1 --out runs/demo --resume toy/images
+	@echo "Look at runs/demo/composites.png (what the network sees) and runs/demo/loss.png; the weights are in runs/demo/backbone.pth"
+
 test: install
 	$(BIN)/python -m pytest -q tests
 

@@ -1,23 +1,22 @@
-"""InsLoc: Instance Localization for Self-supervised Detection Pretraining (arXiv 2102.08318), the method in
-one module.
+"""InsLoc: Instance Localization for Self-supervised Detection Pretraining (arXiv 2102.08318), the method.
 
 The sections stand in the order in which data meets them:
 
-    1 sampling and pasting      file -> two crops and a background -> composites and boxes           Sec. 4.1,
-    Eq. 3-4 2 box jitter                true box -> an anchor that overlaps it
-    Sec. 4.2 3 photometric augmentation  MoCo v2's, on whole tensors, inside the boxes
-    Sec. 5 4 dataset and groups        what a loader worker does, from the file to one BatchNorm group 5
-    encoders                  composite and box -> embeddings, R50-C4 and R50-FPN                  Sec. 4.3,
-    Eq. 5-6 6 contrast                  queue of keys, InfoNCE, momentum update
-    Eq. 2 7 weights                   any system's checkpoint -> torchvision's and detectron2's names
+    1 sampling and pasting       two crops of an image, pasted on backgrounds          Sec. 4.1, Eq. 3-4
+    2 box jitter                 true box -> an anchor that overlaps it                Sec. 4.2, Fig. 3
+    3 photometric augmentation   MoCo v2's, on whole tensors, inside the boxes         Sec. 5
+    4 dataset and groups         a loader worker's way from files to a BatchNorm group
+    5 encoders                   composite and box -> embeddings, C4 and FPN           Sec. 4.3, Eq. 5-6
+    6 contrast                   queue of keys, InfoNCE, momentum update               Eq. 2
+    7 weights                    any system's checkpoint -> torchvision, detectron2
 
-Nothing here knows of processes, devices or command lines, and importing it does nothing: pretrain.py holds
-the loop. Every random draw takes an explicit generator. Most functions and classes can be copied out alone;
-the others name what they need ("needs:").
+Nothing here knows of processes or command lines, and importing it does nothing: the loop is in pretrain.py.
+Every random draw takes a generator. Most functions and classes can be copied out alone; the others say what
+they need ("needs: ...").
 
-Letters in shapes: N images of a group, S side of the square canvas in pixels, A anchors, L feature levels, D
-embedding width, K queue size, B keys of a step. Sizes are always (h, w). Boxes are float xyxy in pixels,
-half-open: x1 = left edge, x2 = right edge, so a pasted (h, w) crop has x2 - x1 = w.
+Letters in shapes: N images, S side of the square canvas, A anchors, L feature levels, D embedding width, K
+queue size, B keys of a step. Sizes are (h, w). Boxes are float xyxy in pixels, half-open: a pasted (h, w) crop
+has x2 - x1 = w.
 """
 import argparse
 import hashlib
@@ -327,10 +326,11 @@ class Views(torch.utils.data.Dataset):
         for _ in range(10):
             try:
                 return read_image(self.paths[index]), index
-            except Exception:    # decoders fail in many ways; what is lost is counted and named by the caller
+            except Exception as error:          # decoders fail in many ways; the caller counts and names
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
                 damaged.append(index)
                 index = torch.randint(len(self.paths), (1,), generator=generator).item()
-        raise Unreadable(f"ten files in a row cannot be read, the last one {self.paths[damaged[-1]]!r}")
+        raise Unreadable(f"ten files in a row cannot be read, {self.paths[damaged[-1]]!r} for one ({reason})")
 
     def crop(self, image, generator):
         top, left, h, w = crop_box(*image.shape[-2:], ratio=self.ratio, generator=generator)
