@@ -219,8 +219,7 @@ def augment(view, args):
     images, _ = photometric(images, view, view["boxes"] if inside else None)
     mean, std = (on(images.device, torch.tensor(values, dtype=images.dtype)[:, None, None])
                  for values in (PIXEL_MEAN, PIXEL_STD))
-    images = (images - mean) / std
-    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def boxes_of(view, args, device):
@@ -455,9 +454,7 @@ def main(rank, args, paths, rendezvous="env://"):
         encoder_q.load_state_dict(weights.extras, strict=False)
     dtype = torch.float64 if args.precision == "fp64" else torch.float32
     queue.to(device, dtype)
-    encoder_q.to(device, dtype)
-    if cuda:
-        encoder_q.to(memory_format=torch.channels_last)
+    encoder_q.to(device, dtype, memory_format=torch.channels_last)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)                  # starts as a copy
     optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
@@ -569,10 +566,11 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
 
         # Encode the keys, a group at a time.
         k = []
-        with torch.no_grad(), autocast:
-            for first in range(0, len(images), args.bn_group):
-                group = {name: values[first:first + args.bn_group] for name, values in key.items()}
-                k.append(encoder_k(augment(group, args), boxes_of(group, args, device)))     # Eq. 4, 6
+        for first in range(0, len(images), args.bn_group):
+            group = {name: values[first:first + args.bn_group] for name, values in key.items()}
+            images_k, boxes_k = augment(group, args), boxes_of(group, args, device)
+            with torch.no_grad(), autocast:
+                k.append(encoder_k(images_k, boxes_k))                                       # Eq. 4, 6
         k = all_gather(torch.cat(k), world)[on(device, permutation.argsort())]  # (B, L, D), as the queries
 
         # Encode the queries, a group at a time with a backward each: memory does not grow with the batch.
@@ -582,9 +580,10 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             own = torch.arange(first, first + args.bn_group, device=device)                  # rows of k
             query = {**group["query"], "images": on(device, group["query"]["images"])}
             last = world == 1 or i == mine - 1              # the ranks add up their gradients once a step
+            images_q, boxes_q = augment(query, args), boxes_of(query, args, device)
             with contextlib.nullcontext() if last else net.no_sync():
                 with autocast:
-                    q = net(augment(query, args), boxes_of(query, args, device))             # Eq. 3, 5
+                    q = net(images_q, boxes_q)                                               # Eq. 3, 5
                 loss, logits = info_nce(q, k[own], queue.keys, args.temperature)             # Eq. 2
                 (loss.sum() / mine).backward()              # sum over levels, mean over groups
             with torch.no_grad():                           # stays on the device until a line is logged
