@@ -51,12 +51,12 @@ def test_coco_polygons_areas_and_boxes_agree_with_each_other(world):
         rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
         x, y, w, h = annotation["bbox"]
         drawn = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        np.testing.assert_allclose((x, y, x + w, y + h), drawn, atol=2)     # corners may be thinner than a pixel
+        np.testing.assert_allclose((x, y, x + w, y + h), drawn, atol=2)     # corners thinner than a pixel
         assert abs(mask.sum() - annotation["area"]) < 0.1 * annotation["area"] + 10
 
 
 def test_what_is_annotated_is_drawn(world):
-    """Inside of a shape is another texture than outside: the picture without the shape differs there, and only there."""
+    """A shape has a texture of its own: the picture without the shape differs there, and only there."""
     image, objects = toy.draw((0, 2, 0), (180, 320), (0.08, 0.25), (1, 6))
     saved = np.asarray(Image.open(world / "coco/train2017/000000000001.jpg"), dtype=int)
     assert np.abs(saved - image).mean() < 6                                     # JPEG's own error
@@ -76,7 +76,8 @@ def test_voc_boxes_are_the_coco_boxes(world):
         tree = ElementTree.parse(world / f"VOC2007/Annotations/{name}.xml")
         image = Image.open(world / f"VOC2007/JPEGImages/{name}.jpg")
         assert (int(tree.find("size/width").text), int(tree.find("size/height").text)) == image.size
-        theirs = [[int(box.find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")] for box in tree.iter("bndbox")]
+        theirs = [[int(box.find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")]
+                  for box in tree.iter("bndbox")]
         ours = [a["bbox"] for a in coco.imgToAnns[number]]
         ours = [[np.floor(x) + 1, np.floor(y) + 1, np.ceil(x + w), np.ceil(y + h)] for x, y, w, h in ours]
         assert theirs == ours
@@ -97,7 +98,8 @@ def test_no_colour_tells_the_class(world):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["{there}"], "not an empty folder"), (["{file}"], "not an empty folder"), (["{file}/deeper"], "Not a directory"),
+    (["{there}"], "not an empty folder"), (["{file}"], "not an empty folder"),
+    (["{file}/deeper"], "Not a directory"),
     (["{new}", "--train", "-1"], "negative"), (["{new}", "--train", "many"], "invalid int")])
 def test_refusals_are_one_line(tmp_path, arguments, word):
     (tmp_path / "there").mkdir()

@@ -2,16 +2,18 @@
 
     python tests/toy.py OUT [--seed 0] [--train 512] [--val 128] [--det-train 160] [--det-val 60]
 
-OUT/images/{train,val}/CLASS/*.jpg    one large shape a picture, its class the folder     pretrain.py, probe_*.py
-OUT/coco/...                          several shapes with polygons, COCO json             finetune_det.py
-OUT/VOC2007, OUT/VOC2012              the same pictures, VOC xml                          finetune_det.py
+OUT/images/{train,val}/CLASS/*.jpg   one large shape a picture, its class the folder   pretrain.py, probe_*.py
+OUT/coco/...                         several shapes with polygons, COCO json           finetune_det.py
+OUT/VOC2007, OUT/VOC2012             the same pictures, VOC xml                        finetune_det.py
 
-Shapes and grounds have random textures, colours, sizes, turns and light, so that no colour tells a class and no two
-pictures are alike. Each picture has a generator of its own: how many are written changes nothing in the others.
+Shapes and grounds have random textures, colours, sizes, turns and light, so that no colour tells a class
+and no two pictures are alike. Each has a generator of its own: how many are written changes nothing in the
+others.
 """
 import argparse
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -23,7 +25,8 @@ VOC_XML = """<annotation><folder>{folder}</folder><filename>{name}.jpg</filename
 <size><width>{w}</width><height>{h}</height><depth>3</depth></size><segmented>0</segmented>
 {objects}</annotation>
 """
-VOC_OBJECT = """<object><name>{name}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>
+VOC_OBJECT = """<object>
+<name>{name}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>
 <bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>
 """
 
@@ -44,7 +47,8 @@ def texture(rng, h, w):
     elif kind == 3:                                         # waves
         mix = 0.5 + 0.5 * np.sin(2 * np.pi * u + np.sin(2 * np.pi * v * rng.uniform(0.3, 1)))
     elif kind == 4:                                         # clouds: coarse noise, made smooth
-        coarse = Image.fromarray(rng.integers(0, 256, (rng.integers(3, 9), rng.integers(3, 9)), dtype=np.uint8))
+        rows, columns = rng.integers(3, 9), rng.integers(3, 9)
+        coarse = Image.fromarray(rng.integers(0, 256, (rows, columns), dtype=np.uint8))
         mix = np.asarray(coarse.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     else:                                                   # a ramp
         mix = (u - u.min()) / (u.max() - u.min() + 1e-6)
@@ -81,10 +85,10 @@ def fill(rng, canvas, corners):
 
 
 def draw(key, sizes, radii, count):
-    """A picture: uint8 (h, w, 3) and its objects, a list of (class index, corners (n, 2) in pixels), none overlapping.
+    """A picture: uint8 (h, w, 3), and its objects: a list of (class index, corners (n, 2) in pixels), apart.
 
-    key: what seeds it (ints); sizes: range of its sides; radii: range of a shape's, as a share of the shorter side; count:
-    range of the number of shapes. Some unnamed blobs lie about as distractors.
+    key: what seeds it (ints); sizes: range of its sides; radii: of a shape's, as a share of the shorter side;
+    count: range of the number of shapes. Some unnamed blobs lie about as distractors.
     """
     rng = np.random.default_rng(key)
     h, w = rng.integers(sizes[0], sizes[1] + 1, 2)
@@ -123,8 +127,9 @@ def write_coco(out, split, pictures):
             (x1, y1), (x2, y2) = corners.min(0), corners.max(0)
             x, y = corners.T
             area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": COCO_IDS[label],
-                                "iscrowd": 0, "area": float(area), "bbox": [x1, y1, x2 - x1, y2 - y1],
+            annotations.append({"id": len(annotations) + 1, "image_id": number,
+                                "category_id": COCO_IDS[label], "iscrowd": 0, "area": float(area),
+                                "bbox": [x1, y1, x2 - x1, y2 - y1],
                                 "segmentation": [[round(float(c), 2) for c in corners.flatten()]]})
     categories = [{"id": number, "name": name} for number, name in zip(COCO_IDS, CLASSES)]
     os.makedirs(f"{out}/coco/annotations", exist_ok=True)
@@ -144,7 +149,8 @@ def write_voc(out, year, split, pictures, start=0):
                        for label, low, high in boxes)
         os.makedirs(f"{folder}/Annotations", exist_ok=True)
         with open(f"{folder}/Annotations/{name}.xml", "w") as f:
-            f.write(VOC_XML.format(folder=f"VOC{year}", name=name, h=image.shape[0], w=image.shape[1], objects=text))
+            h, w = image.shape[:2]
+            f.write(VOC_XML.format(folder=f"VOC{year}", name=name, h=h, w=w, objects=text))
     os.makedirs(f"{folder}/ImageSets/Main", exist_ok=True)
     with open(f"{folder}/ImageSets/Main/{split}.txt", "w") as f:
         f.write("".join(name + "\n" for name in names))
@@ -161,13 +167,14 @@ def write_world(out, seed=0, train=512, val=128, det_train=160, det_val=60):
         write_coco(out, split, pictures)
         if split == "val":
             write_voc(out, 2007, "test", pictures, start=500000)
-        else:                                               # a half each, as the VOC protocol trains on both years
+        else:                                       # a half each, as the VOC protocol trains on both years
             write_voc(out, 2007, "trainval", pictures[:(count + 1) // 2])
             write_voc(out, 2012, "trainval", pictures[(count + 1) // 2:], start=900000)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="a folder that is not there yet, or empty")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in (("train", 512), ("val", 128), ("det-train", 160), ("det-val", 60)):
@@ -177,9 +184,11 @@ def main(argv=None):
         parser.error("numbers must not be negative")
     try:
         if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
-            sys.exit(f"toy.py: error: {args.out} is there already and not an empty folder: name another, or remove it")
-        os.makedirs(args.out, exist_ok=True)
-        write_world(args.out, args.seed, args.train, args.val, args.det_train, args.det_val)
+            sys.exit(f"toy.py: error: {args.out} is there already, not an empty folder: name another")
+        partial = args.out.rstrip("/") + ".partial"         # renamed when whole: a kill leaves no half world
+        shutil.rmtree(partial, ignore_errors=True)
+        write_world(partial, args.seed, args.train, args.val, args.det_train, args.det_val)
+        os.rename(partial, args.out)
     except OSError as error:
         sys.exit(f"toy.py: error: {error}")
     print(f"wrote {args.out}: images ({args.train} + {args.val}), coco, VOC2007 and VOC2012 "
