@@ -548,8 +548,9 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         before = time.perf_counter()
         try:
             batch = [next(loader) for _ in range(mine)]
-        except (Unreadable, RuntimeError) as error:       # a worker's: the last line of its traceback says it
-            sys.exit(f"pretrain.py: error: loading step {step + 1}: {str(error).strip().splitlines()[-1]}")
+        except (Unreadable, RuntimeError) as error:     # a worker's: the last line of its traceback says it
+            reason = str(error).strip().splitlines()[-1].removeprefix("insloc.Unreadable: ")
+            sys.exit(f"pretrain.py: error: loading step {step + 1}: {reason}")
         waited += time.perf_counter() - before
         unreported.update(index for group in batch for index in group["damaged"])
 
