@@ -286,7 +286,7 @@ def read_image(path):
     ImageFolder does. Any exception means that the file cannot be used.
     """
     if not os.path.isfile(path):                                     # a pipe or a device would block for ever
-        raise OSError(f"{path}: not a file")
+        raise OSError("not a file")
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
         try:
@@ -777,11 +777,12 @@ def read_weights(path, trust=False):
            if "num_batches" not in name):
         parts = {}                      # neck and box head in whole or not at all
     used = {prefix + name for name in trunk} | {parent + name for name in parts}
-    args = content.get("args") if "encoder_q" in content else None                  # a run of pretrain.py
+    args = content.get("args") if "encoder_q" in content else None      # a dict in a run of pretrain.py
     method = next((system for system, clue in SYSTEMS if any(re.search(clue, name, re.I) for name in clues)),
                   "unknown system")
-    if args:
-        method = {"moco": "MoCo-v2", "ra": "RA", "cp": "RA+CP", "insloc": "InsLoc"}[args["method"]]
+    if isinstance(args, dict):
+        ladder = {"moco": "MoCo-v2", "ra": "RA", "cp": "RA+CP", "insloc": "InsLoc"}
+        method = ladder.get(args.get("method"), method)
     mean, std = INPUTS.get(method, (PIXEL_MEAN, PIXEL_STD))
     source = f"{method}, {resnet} at {prefix or 'top level'}"
     return Weights(take(trunk, prefix), take(parts, parent), source, mean, std, "RGB",
