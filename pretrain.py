@@ -42,7 +42,7 @@ from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, Make
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
 FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview",
-        "compile"}
+        "compile", "trust"}
 
 
 def get_args(argv=None):
@@ -79,6 +79,7 @@ def get_args(argv=None):
         "[released code]")
     add("--allow-one-group", action="store_true", help="although BatchNorm may leak the answer [ours: off]")
     add("--init", metavar="WEIGHTS", help="start from any file that insloc.read_weights reads [ours: none]")
+    add("--trust", action="store_true", help="let --init's file run its code, as pickles may [ours: off]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[ours: a GPU if there is one]")
     add("--precision", choices=["bf16", "fp32", "fp64"], help="[ours: bf16 on a GPU that has it, else fp32]")
     add("--nprocs", type=int, help="processes to start, under torchrun none [ours: one a GPU, one on CPU]")
@@ -409,9 +410,11 @@ def main(rank, args, paths, rendezvous="env://"):
     weights = None
     if args.init and not state:
         try:
-            weights = read_weights(args.init)
+            weights = read_weights(args.init, args.trust)
         except (OSError, ValueError) as error:
             sys.exit(f"pretrain.py: error: --init {args.init}: {error}")
+        if f" {args.resnet} at " not in weights.source:
+            sys.exit(f"pretrain.py: error: --init {args.init}: {weights.source}, not --resnet {args.resnet}")
 
     # ---- device and processes
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device("cpu")

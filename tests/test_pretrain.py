@@ -504,6 +504,9 @@ def test_init_starts_from_other_weights(here, base, photos, tmp_path):
     source = base["fpn", 1][0]
     assert here("--arch", "fpn", *SMALL, "--epochs", 1, "--lr", 0, "--weight-decay", 0, "--init", source,
                 "--out", tmp_path, photos)[0] == 0
+    status, _, err = here("--arch", "c4", *SMALL, "--resnet", "resnet34", "--init", source, "--out",
+                          tmp_path / "other", photos)
+    assert status == 1 and err.count("\n") == 1 and "resnet18 at encoder_q.resnet., not --resnet" in err
     old, new = state_of(source)["encoder_q"], state_of(tmp_path)["encoder_q"]
     for name, x in old.items():
         if "running" not in name and "num_batches" not in name:
