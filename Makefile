@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # training and COCO/VOC evaluation use is compiled. The wheel is tagged cp310, hence --python-version; the hash pins its bytes.
 DETECTRON2 := sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 
-.PHONY: install demo test clean
+.PHONY: install demo demo-detect test clean
 
 install: $(VENV)/installed
 
@@ -24,9 +24,23 @@ $(VENV)/installed: requirements.txt Makefile
 # A toy pre-training, on the CPU on purpose: what it draws and logs is what a real one draws and logs.
 demo: install
 	test -d toy || $(BIN)/python tests/toy.py toy
-	$(BIN)/python pretrain.py --arch c4 --resnet resnet18 --image-size 64 --batch-size 32 --bn-group 8 --queue-size 256 \
-		--ema 0.99 --lr 0.02 --epochs 8 --device cpu --nprocs 1 --out runs/demo --resume toy/images
+	$(BIN)/python pretrain.py --arch c4 --resnet resnet18 --image-size 64 --batch-size 64 --bn-group 16 --queue-size 256 \
+		--ema 0.99 --lr 0.012 --epochs 14 --device cpu --nprocs 1 --out runs/demo --resume toy/images
 	@echo "Look at runs/demo/composites.png (what the network sees) and runs/demo/loss.png; the weights are in runs/demo/backbone.pth"
+
+# The whole chain on the toy world: pre-train an FPN, then Mask R-CNN from its weights and from random ones, on the CPU.
+DETECT := --protocol coco-fpn-1x --data toy --nprocs 1 --resume MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 \
+	INPUT.MIN_SIZE_TRAIN "(128,)" INPUT.MIN_SIZE_TEST 128 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.MAX_ITER 100 \
+	SOLVER.WARMUP_ITERS 10 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.POST_NMS_TOPK_TEST 50 \
+	TEST.DETECTIONS_PER_IMAGE 10 TEST.PRECISE_BN.NUM_ITER 10 TEST.EVAL_PERIOD 50
+
+demo-detect: install
+	test -d toy || $(BIN)/python tests/toy.py toy
+	$(BIN)/python pretrain.py --arch fpn --resnet resnet18 --image-size 64 --batch-size 32 --bn-group 8 --queue-size 256 \
+		--ema 0.99 --lr 0.005 --epochs 4 --device cpu --nprocs 1 --out runs/demo_fpn --resume toy/images
+	$(BIN)/python finetune_det.py runs/demo_fpn --out runs/demo_detect $(DETECT)
+	$(BIN)/python finetune_det.py random --out runs/demo_detect_random $(DETECT)
+	@echo "Look at curves.png, trial0/detections.png and results.json in runs/demo_detect (pre-trained) and runs/demo_detect_random"
 
 test: install
 	$(BIN)/python -m pytest -q tests
