@@ -15,8 +15,8 @@ Every random draw takes a generator. Most functions and classes can be copied ou
 they need ("needs: ...").
 
 Letters in shapes: N images, S side of the square canvas, A anchors, L feature levels, D embedding width, K
-queue size, B keys of a step. Sizes are (h, w). Boxes are float xyxy in pixels, half-open: a pasted (h, w) crop
-has x2 - x1 = w.
+queue size, B keys of a step. Sizes are (h, w). Boxes are float xyxy in pixels, half-open: a pasted (h, w)
+crop has x2 - x1 = w.
 """
 import argparse
 import hashlib
@@ -79,10 +79,9 @@ def crop_box(height, width, scale=(0.2, 1.0), ratio=(0.5, 2.0), generator=None):
 
 
 def paste(background, foreground, top, left):
-    """The composition C of Eq. 3-4: (3, S, S) background, (3, h, w) foreground -> new composite (3, S, S),
-    box (4,) float32.
+    """The composition C of Eq. 3-4: background (3, S, S), foreground (3, h, w) -> new composite, box (4,).
 
-    Any dtype; the inputs stay untouched. ValueError if the foreground leaves the canvas.
+    Any dtype, the box float32; the inputs stay untouched. ValueError if the foreground leaves the canvas.
     """
     h, w = foreground.shape[-2:]
     if top < 0 or left < 0 or top + h > background.shape[-2] or left + w > background.shape[-1]:
@@ -98,8 +97,7 @@ def paste(background, foreground, top, left):
 # ------------------------------------------------------------------------------------------------------------
 
 def grid_anchors(image_size=256, stride=16, sizes=(32, 64, 128, 256), ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
-    """RPN's anchors on a square canvas: (A, 4) float32, order row, column, size, ratio; A = 5120 for the
-    defaults.
+    """RPN's anchors on a square canvas: (A, 4) float32, by row, column, size, ratio; 5120 for the defaults.
 
     ratio = h / w at area size**2. Centres at 0, stride, 2 stride, ...; boxes are not clipped. [values:
     released code]
@@ -157,14 +155,13 @@ def photometric_params(n, generator=None):
 
 
 def photometric(images, params, boxes=None):
-    """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] by `photometric_params`: new
-    images, boxes.
+    """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] -> new images, boxes.
 
-    With boxes (N, 4), on whole pixels, everything happens inside them as if each were an image of its own,
-    and not one pixel outside changes; a flip turns the inside round and leaves the box where it is. With None
-    the whole images are augmented. Keep the parameters on the CPU: which samples an operation takes is
-    decided there, so that no line waits for a GPU. DIVERGES: the release augments the composite (`--aug-on
-    composite`); the paper says foreground.
+    params: see `photometric_params`. With boxes (N, 4), on whole pixels, everything happens inside them as
+    if each were an image of its own, and not one pixel outside changes; a flip turns the inside round and
+    leaves the box where it is. With None the whole images are augmented. Keep the parameters on the CPU:
+    which samples an operation takes is decided there, so that no line waits for a GPU. DIVERGES: the
+    release augments the composite (`--aug-on composite`); the paper says foreground.
     """
     n, _, height, width = images.shape
     device, dtype = images.device, images.dtype
@@ -279,8 +276,7 @@ class PathList:
 
 
 def read_image(path):
-    """An image file as uint8 (3, H, W), RGB, in the decoder's memory order (pixel by pixel), which crops and
-    resizes fastest.
+    """An image file as uint8 (3, H, W), RGB, pixel by pixel in memory: so it crops and resizes fastest.
 
     JPEG by torchvision, anything else (and what that refuses) by Pillow. EXIF rotation is ignored, as
     ImageFolder does. Any exception means that the file cannot be used.
@@ -300,8 +296,7 @@ def read_image(path):
 
 
 class Views(torch.utils.data.Dataset):
-    """Eq. 3-4 up to the pasting: an image is decoded once and gives two random resized crops and itself as a
-    background.
+    """Eq. 3-4 up to the pasting: an image, decoded once, gives two random resized crops and a background.
 
     Items are asked for by key (epoch, step, group, index), see `batches`; an item is a dict: view_q, view_k
     uint8 (3, h, w), background uint8 (3, S, S), source (the image's index), damaged (indices that could not
@@ -370,8 +365,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class MakeGroup:
-    """The collate function: the samples of one BatchNorm group -> composites, boxes and parameters, ready for
-    the device.
+    """The collate function: the samples of a BatchNorm group -> composites, boxes, augmentation parameters.
 
     Returns {"query": view, "key": view, "damaged": indices}; a view is a dict: images uint8 (N, 3, S, S) in
     channels_last memory, boxes (N, 4) the true ones, jittered (N, 4) (differs for queries only), and the
@@ -439,8 +433,7 @@ class MakeGroup:
 
 
 def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, groups=None):
-    """The batch sampler of a whole run: yields for each step in turn each group's keys (epoch, step, group,
-    index).
+    """The batch sampler of a whole run: step by step, each group's list of keys (epoch, step, group, index).
 
     A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an
     epoch is dropped. start_step: resume there. groups: the positions of this rank's groups in the step (a
@@ -457,17 +450,15 @@ def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, grou
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  Encoders (Sec. 4.3): the detector's own parts, so that nothing but RPN and predictors is new in fine-
-# tuning
+# 5  Encoders (Sec. 4.3): the detector's own parts, so that fine-tuning adds RPN and predictors alone
 # ------------------------------------------------------------------------------------------------------------
 
 def roi_pool(features, boxes, size, scale):
-    """Eq. 5-6: features (N, C, h, w) and boxes (N, 4) or (N, M, 4), in pixels of the image -> (N*M, C, size,
-    size), image-major.
+    """Eq. 5-6: features (N, C, h, w), boxes (N, 4) or (N, M, 4) -> (N*M, C, size, size), image by image.
 
-    detectron2's ROIAlignV2: aligned, adaptive number of samples. In float32 whatever autocast gives, since
-    bfloat16 cannot hold box corners; dtype and memory format come back as they were (roi_align itself returns
-    contiguous).
+    Boxes in pixels of the image, scale that of the features. detectron2's ROIAlignV2: aligned, adaptive
+    number of samples. In float32 whatever autocast gives, since bfloat16 cannot hold box corners; dtype and
+    memory format come back as they were (roi_align itself returns contiguous).
     """
     boxes = boxes.reshape(len(boxes), -1, 4)                                                     # (N, M, 4)
     image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
@@ -485,10 +476,10 @@ def unit(x):
 
 
 class C4Encoder(nn.Module):
-    """R50-C4: ResNet up to res4, RoIAlign, res5 as the head, mean, two-layer MLP. With boxes=None it is MoCo
-    v2's network.
+    """R50-C4: ResNet up to res4, RoIAlign, res5 as the head, mean, two-layer MLP.
 
-    Parameters: 27,966,656 for resnet50. `.resnet` has torchvision's names, without fc.  needs: roi_pool, unit
+    With boxes=None it is MoCo v2's network. Parameters: 27,966,656 for resnet50. `.resnet` has
+    torchvision's names, without fc. needs: roi_pool, unit
     """
     levels = ("c4",)
 
@@ -518,8 +509,7 @@ class C4Encoder(nn.Module):
 
 
 class FPNEncoder(nn.Module):
-    """R50-FPN: every box is pooled on all four levels P2..P5; one head serves them all; each level has a
-    queue of its own.
+    """R50-FPN: every box is pooled on all levels P2..P5, one head serves them, each level has its own queue.
 
     fpn: 256 channels, BatchNorm on lateral and output convolutions, as detectron2's FPN with NORM "BN".
     box_head: 4 x (conv 3x3, BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its
@@ -573,8 +563,7 @@ class FPNEncoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class KeyQueue(nn.Module):
-    """The last `size` keys of each level, one a column: the negatives. Buffers, so that a checkpoint holds
-    them.
+    """The last `size` keys of each level, one a column: the negatives. Buffers, so that they are saved.
 
     keys (L, D, K), unit columns, random at the start; ptr: where the next key goes; filled: real keys so far,
     at most K.
@@ -598,11 +587,10 @@ class KeyQueue(nn.Module):
 
 
 def info_nce(q, k, queue, temperature=0.2):
-    """Eq. 2 per level: q, k (N, L, D), queue (L, D, K) -> loss (L,), mean over N; logits (N, L, 1 + K), the
-    positive first.
+    """Eq. 2 per level: q, k (N, L, D), queue (L, D, K) -> loss (L,), mean over N; logits (N, L, 1 + K).
 
-    Gradients reach q alone. float32 at least, inside autocast too. Chance is log(1 + K): 11.09 for K = 65536,
-    for alike keys.
+    The positive is the first logit. Gradients reach q alone. float32 at least, inside autocast too. Chance
+    is log(1 + K): 11.09 for K = 65536, for alike keys.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = (x if x.dtype == torch.float64 else x.float() for x in (q, k.detach(), queue.detach()))

@@ -243,8 +243,7 @@ def unpack(matrix, like):
 
 
 def shuffle(rows, permutation, rank, world):
-    """Shuffle-BN's way out: row p of all ranks' new rows is row permutation[p] of all ranks' old ones; (n,
-    ...) each.
+    """Shuffle-BN's way out: row p of all ranks' new rows (n, ...) is row permutation[p] of their old ones.
 
     All-to-all: a row travels to the one rank that will encode it.
     """
@@ -271,9 +270,11 @@ def all_gather(rows, world):
 
 
 def save_composites(args, paths, count):
-    """composites.png, as Fig. 3: of each sample the query, then the key. Red the true box; on the query the
-    anchors that match it, thin, and the chosen one, thick, blue. Anchors may leave the canvas, hence the grey
-    frame."""
+    """composites.png, as Fig. 3: of each sample the query, then the key, with the true box in red.
+
+    On the query in blue the anchors that match it, thin, and the chosen one, thick. Anchors may leave the
+    canvas, hence the grey frame.
+    """
     views, make_group = make_data(args, paths)
     size = max(count, args.bn_group)
     try:
