@@ -96,12 +96,14 @@ def paste(background, foreground, top, left):
 # 2  Box jitter (Sec. 4.2, Fig. 3)
 # ------------------------------------------------------------------------------------------------------------
 
-def grid_anchors(image_size=256, stride=16, sizes=(32, 64, 128, 256), ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
+def grid_anchors(image_size=256, stride=16, sizes=None, ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
     """RPN's anchors on a square canvas: (A, 4) float32, by row, column, size, ratio; 5120 for the defaults.
 
+    sizes: 32, 64, 128, 256 on a canvas of 256, on others in proportion, else large boxes would match none.
     ratio = h / w at area size**2. Centres at 0, stride, 2 stride, ...; boxes are not clipped. [values:
     released code]
     """
+    sizes = sizes or [image_size / n for n in (8, 4, 2, 1)]
     size = torch.tensor(sizes, dtype=torch.float64)[:, None]
     ratio = torch.tensor(ratios, dtype=torch.float64)[None, :]
     half_h, half_w = (size * ratio.sqrt() / 2).flatten(), (size / ratio.sqrt() / 2).flatten()
@@ -161,7 +163,7 @@ def photometric(images, params, boxes=None):
     if each were an image of its own, and not one pixel outside changes; a flip turns the inside round and
     leaves the box where it is. With None the whole images are augmented. Keep the parameters on the CPU:
     which samples an operation takes is decided there, so that no line waits for a GPU. DIVERGES: the
-    release augments the composite (`--aug-on composite`); the paper says foreground.
+    release augments the composite (`--aug-on composite`); the paper says foreground. needs: shift_hue
     """
     n, _, height, width = images.shape
     device, dtype = images.device, images.dtype
@@ -290,6 +292,8 @@ def read_image(path):
         except RuntimeError:
             pass                                        # a rare kind of JPEG, or a broken one: Pillow decides
     with PIL.Image.open(io.BytesIO(data.numpy())) as image:
+        if image.mode in ("F", "I") and image.format != "PNG":
+            raise OSError(f"pixels of mode {image.mode} have no known range")
         if image.mode.startswith("I"):                         # 16 bits a pixel: Pillow would clip, not scale
             image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -306,7 +310,7 @@ class Views(torch.utils.data.Dataset):
     needed (moco, ra). keep_aspect: fit the crop into the drawn sides instead of stretching it to them, as
     released. dataset_backgrounds: decode two more images for the backgrounds, as released, instead of taking
     the group's. A file that cannot be read is replaced by another one, drawn from the sample's own generator.
-    needs: crop_box, read_image
+    needs: generator_for, crop_box, read_image, Unreadable
     """
 
     def __init__(self, paths, seed=0, image_size=256, fg_size=(128, 256), ratio=(0.5, 2.0), keep_aspect=False,
@@ -375,7 +379,8 @@ class MakeGroup:
     training images, at no decode. Query and key of one instance get different ones; else a shared background
     could give the positive away. DIVERGES: the release decodes two more images a sample
     (`Views(dataset_backgrounds=True)`). flip_moves_box: for augmentation of the whole composite, where a flip
-    moves the box with it. needs: paste, grid_anchors, jitter_boxes, photometric_params
+    moves the box with it. needs: generator_for, paste, grid_anchors, jitter_boxes,
+    photometric_params
     """
 
     def __init__(self, seed=0, image_size=256, pasting=True, jitter=True, flip_moves_box=False):
@@ -425,7 +430,8 @@ class MakeGroup:
             for _ in range(2):
                 candidates = [j for j, other in enumerate(source) if other not in taken]
                 if not candidates:
-                    raise ValueError("a group needs three different images: a sample and its two backgrounds")
+                    raise ValueError("a group needs three different images: a sample and two backgrounds; "
+                                     "take larger groups, or repair damaged images")
                 pair.append(candidates[torch.randint(len(candidates), (1,), generator=generator).item()])
                 taken.add(source[pair[-1]])
             chosen.append(pair)
@@ -437,7 +443,7 @@ def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, grou
 
     A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an
     epoch is dropped. start_step: resume there. groups: the positions of this rank's groups in the step (a
-    range); None is all of them.
+    range); None is all of them. needs: generator_for
     """
     steps = n_images // batch_size
     for epoch in range(start_step // steps, epochs):
@@ -702,7 +708,7 @@ def read_weights(path, trust=False):
     One rule: of all places in the file where a ResNet may stand, the one with every tensor of a torchvision
     ResNet in its shape and no other layers; a moving average (key encoder, target, teacher) is no place. Else
     ValueError, with the nearest place and its faults. trust: the file may run code.
-    needs: read_file, FPNEncoder, the tables above
+    needs: read_file, Weights, FPNEncoder, the tables above, PIXEL_MEAN, PIXEL_STD
     """
     if os.path.isdir(path):
         names = [name for name in ("checkpoint.pth", "checkpoint_prev.pth", "backbone.pth")

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, Make
                     Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric,
                     read_weights)
 
+TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
 FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview",
@@ -96,7 +98,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
 
     # Defaults that depend on others, and every check that needs no data.
-    gpus, launched = torch.cuda.device_count(), "RANK" in os.environ            # launched: by torchrun
+    gpus = torch.cuda.device_count()
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
     if args.device == "cuda" and not gpus:
@@ -116,8 +118,8 @@ def get_args(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "weight_decay", "keep", "workers", "seed"):
-        if not (getattr(args, name) or 0) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= (getattr(args, name) or 0) < 2 ** 63:
+            fail(f"--{name.replace('_', '-')} must be a number from 0 on, and below 2**63")
     if not (0 <= args.ema <= 1 and 0 < args.temperature < math.inf):
         fail("--ema must be in [0, 1] and --temperature above 0")
     if args.bn_group < (3 if pasting else 2):
@@ -129,7 +131,7 @@ def get_args(argv=None):
         fail("one BatchNorm group: no shuffle parts keys from queries, BatchNorm can leak the answer; take "
              f"--batch-size {2 * args.bn_group}, or a smaller --bn-group, or insist with --allow-one-group")
     args.nprocs = args.nprocs or (gpus if args.device == "cuda" else 1)
-    if launched:
+    if TORCHRUN:
         args.nprocs = int(os.environ["WORLD_SIZE"])
     if groups % args.nprocs:
         fits = max(n for n in range(1, min(groups, args.nprocs) + 1) if groups % n == 0)
@@ -148,13 +150,16 @@ def find_images(args):
     data, kept = args.data, os.path.join(args.out, "images.list")
     if not os.path.exists(data):
         sys.exit(f"pretrain.py: error: {data}: no such file or folder")
-    names, missing = [], []
+    names, missing, first = [], [], os.environ.get("RANK", "0") == "0"
     if os.path.isdir(data):
+        data = data.rstrip("/") or "/"
         if os.path.isdir(os.path.join(data, "train")):
             data = os.path.join(data, "train")
-            if os.environ.get("RANK", "0") == "0":
-                print(f"taking {data} alone")
+            if first:
+                print(f"taking {data!r} alone")
         root, seen = os.fsencode(data), set()               # seen: real folders, as a link may lead back up
+        if os.path.isdir(args.out) and not os.path.samefile(args.out, data):        # its pictures are no data
+            seen.add((os.stat(args.out).st_dev, os.stat(args.out).st_ino))
         for folder, subfolders, files in os.walk(root, followlinks=True):
             identity = (os.stat(folder).st_dev, os.stat(folder).st_ino)
             if identity in seen:
@@ -174,9 +179,11 @@ def find_images(args):
         lines = text.split(b"\0") if b"\0" in text else text.replace(b"\r\n", b"\n").split(b"\n")
         names = [name for name in lines if name]
         missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
-    if args.resume and os.path.exists(kept):                # a run keeps the images that it started with
+    if args.resume and os.path.exists(kept) and holds_run(args, ("checkpoint.pth", "checkpoint_prev.pth")):
         with open(kept, "rb") as f:
-            names = f.read().split(b"\0")
+            listed, names = names, f.read().split(b"\0")
+        if listed != names and first:
+            print(f"{args.data} has changed: the run keeps the {len(names)} images that it started with")
     elif missing:
         sys.exit(f"pretrain.py: error: {data}: {len(missing)} of {len(names)} listed files do not exist, "
                  f"the first is {os.fsdecode(missing[0])!r}")
@@ -184,6 +191,10 @@ def find_images(args):
         sys.exit(f"pretrain.py: error: {data} has {len(names)} images, less than a batch of {args.batch_size}"
                  + ("" if names else f"; endings looked for: {b' '.join(EXTENSIONS).decode()}"))
     return PathList(names, os.fsdecode(root))
+
+
+def holds_run(args, names=("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth")):
+    return any(os.path.exists(os.path.join(args.out, name)) for name in names)
 
 
 def make_data(args, paths):
@@ -203,7 +214,6 @@ def ignore_signals(_):
 
 def kill_workers():
     """At exit: multiprocessing would send them the SIGTERM that they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler would call it a crash
     for worker in mp.active_children():
         worker.kill()
 
@@ -279,7 +289,7 @@ def save_composites(args, paths, count):
     size = max(count, args.bn_group)
     try:
         group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
-    except Unreadable as error:
+    except (Unreadable, ValueError) as error:
         sys.exit(f"pretrain.py: error: {error}")
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     anchors, frame, panels = grid_anchors(args.image_size), args.image_size // 4, []
@@ -361,7 +371,9 @@ def save(args, state):
                 if name.startswith("resnet.")}
     write_file(os.path.join(args.out, "backbone.pth"), lambda f: torch.save(backbone, f))
     if args.keep:
-        shutil.copyfile(path, os.path.join(args.out, f"checkpoint_{state['step']:08d}.pth"))
+        copy_of = os.path.join(args.out, f"checkpoint_{state['step']:08d}.pth")
+        with open(path, "rb") as source:
+            write_file(copy_of, lambda f: shutil.copyfileobj(source, f))
         numbered = sorted(name for name in os.listdir(args.out) if re.fullmatch(r"checkpoint_\d+\.pth", name))
         for name in numbered[:-args.keep]:
             os.remove(os.path.join(args.out, name))
@@ -374,6 +386,8 @@ def load(args, paths, talk):
     for path in found:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"step", "args", "images", "statistics"} <= state.keys():
+                sys.exit(f"pretrain.py: error: {path} is no checkpoint of pretrain.py")
             break
         except Exception as error:              # torn or overwritten: pickle, zip, torch raise each their own
             talk(f"{path} cannot be read: {str(error).splitlines()[0][:80]}")
@@ -395,17 +409,21 @@ def main(rank, args, paths, rendezvous="env://"):
     world, cuda = args.nprocs, args.device == "cuda"
     talk = print if rank == 0 else lambda *_, **__: None
 
+    signals = []                                        # a request to stop waits here for the end of a step
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
     # ---- run directory, before the processes meet: a refusal is one line
     log_path = os.path.join(args.out, "log.jsonl")
     if rank == 0:
         try:
             lock = open(os.path.join(args.out, "lock"), "w")        # held until this process ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by loader workers
         except BlockingIOError:
             sys.exit(f"pretrain.py: error: another process trains into {args.out}: give another --out")
         except OSError as error:
             sys.exit(f"pretrain.py: error: --out: {error}")
-        if os.path.exists(log_path) and not args.resume:
+        if holds_run(args) and not args.resume:
             sys.exit(f"pretrain.py: error: {args.out} holds a run: --resume goes on, --out starts another")
     state = load(args, paths, talk) if args.resume else None
     weights = None
@@ -443,9 +461,12 @@ def main(rank, args, paths, rendezvous="env://"):
         agree(0)
         sys.exit(status)
 
-    digest = int(paths.digest(), 16)
+    settings = sorted((name, value) for name, value in vars(args).items() if name not in FREE)
+    start = repr((settings, paths.digest(), state["step"] if state else 0)).encode()
+    digest = int(hashlib.sha256(start).hexdigest()[:15], 16)
     if agree(digest) != -agree(-digest):
-        leave(f"pretrain.py: error: the processes see different images in {args.data}")
+        leave("pretrain.py: error: the processes differ in images, settings or checkpoint: give all the same "
+              "command and data, and an --out that they share")
 
     # ---- model: the same parameters and the same queue on every rank
     torch.manual_seed(args.seed)
@@ -455,7 +476,11 @@ def main(rank, args, paths, rendezvous="env://"):
     queue = KeyQueue(args.queue_size, levels=len(levels), generator=generator_for(args.seed, "queue"))
     if weights:
         encoder_q.resnet.load_state_dict(weights.backbone)
-        encoder_q.load_state_dict(weights.extras, strict=False)
+        encoder_q.load_state_dict(weights.extras if with_neck else {}, strict=False)
+        rest = "neck and box head" if weights.extras and with_neck else "ResNet alone"
+        talk(f"starting from {weights.source}: {rest}, the rest random")
+        if (weights.pixel_mean, weights.pixel_std) != (PIXEL_MEAN, PIXEL_STD):
+            talk("WARNING: these weights were trained with other pixel statistics than ours")
     dtype = torch.float64 if args.precision == "fp64" else torch.float32
     queue.to(device, dtype)
     encoder_q.to(device, dtype, memory_format=torch.channels_last)
@@ -496,13 +521,14 @@ def main(rank, args, paths, rendezvous="env://"):
     loader = iter(torch.utils.data.DataLoader(
         views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers, pin_memory=cuda,
         worker_init_fn=ignore_signals))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # next() finds a dead worker, no handler in mid-save
 
     # ---- the run in numbers
     chance = len(levels) * math.log(1 + args.queue_size)
     parameters = sum(p.numel() for p in encoder_q.parameters())
     talk(f"""{args.method} {args.arch}: {args.resnet}, {parameters:,} parameters
 device  {world} x {args.device}, {args.precision}, {args.workers} loader workers each
-images  {len(paths):,} in {paths.root or "."}
+images  {len(paths):,} in {paths.root or "."!r}
 step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {mine} of them a process
 steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; {len(paths) % args.batch_size} images left out
 rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}
@@ -533,10 +559,6 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             with open(log_path, "a") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
 
-    signals = []                                        # a request to stop waits here for the end of the step
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
-
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)   # losses, acc_queue, acc_batch
     bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)     # first non-finite loss
@@ -552,8 +574,9 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         before = time.perf_counter()
         try:
             batch = [next(loader) for _ in range(mine)]
-        except (Unreadable, RuntimeError) as error:     # a worker's: the last line of its traceback says it
-            reason = str(error).strip().splitlines()[-1].removeprefix("insloc.Unreadable: ")
+        except (Unreadable, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]            # a worker's ends its traceback
+            reason = re.sub(r"^(insloc\.Unreadable|ValueError): ", "", reason)
             sys.exit(f"pretrain.py: error: loading step {step + 1}: {reason}")
         waited += time.perf_counter() - before
         unreported.update(index for group in batch for index in group["damaged"])
@@ -683,9 +706,13 @@ def launch():
     except OSError as error:
         sys.exit(f"pretrain.py: error: --out: {error}")
     if args.preview:
+        if holds_run(args):
+            sys.exit(f"pretrain.py: error: {args.out} holds a run: give --preview another --out")
+        if max(args.preview, args.bn_group) > len(paths):
+            sys.exit(f"pretrain.py: error: {len(paths)} images are too few for --preview {args.preview}")
         save_composites(args, paths, args.preview)
-    elif args.nprocs == 1 or "RANK" in os.environ:      # alone, or a process of torchrun: no other is started
-        main(int(os.environ.get("RANK", 0)), args, paths)
+    elif args.nprocs == 1 or TORCHRUN:              # alone, or a process of torchrun: no other is started
+        main(int(os.environ["RANK"]) if TORCHRUN else 0, args, paths)
     else:
         start_processes(args, paths)
 
@@ -714,4 +741,7 @@ def start_processes(args, paths):
 
 
 if __name__ == "__main__":
-    launch()
+    try:
+        launch()
+    except KeyboardInterrupt:                               # before training, where there is nothing to save
+        sys.exit(130)

@@ -3,6 +3,7 @@
 Random checks have fixed seeds and bounds at four to five standard deviations, so that they fail when the code
 is wrong and not when a library draws its numbers in another order.
 """
+import ast
 import collections
 import colorsys
 import copy
@@ -11,6 +12,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 
 import numpy as np
@@ -208,6 +210,24 @@ def test_anchors_equal_a_loop(size, stride, sizes, ratios):
     anchors = grid_anchors(size, stride, sizes, ratios)
     assert anchors.dtype == torch.float32 and anchors.shape == (len(loop), 4)
     assert np.abs(anchors.numpy() - np.array(loop)).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_anchors_scale_with_the_canvas(size):
+    boxes = paper_boxes(500, np.random.default_rng(size), size=size, low=size // 2)
+    matches = torchvision.ops.box_iou(boxes, grid_anchors(size)) > 0.5
+    assert matches.any(dim=1).float().mean() > 0.99
+
+
+def test_needs_lines_name_what_a_piece_uses():
+    """A piece copied out of the module runs with what its docstring names, and nothing else."""
+    with open(insloc.__file__) as f:
+        tree = ast.parse(f.read())
+    top = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for name, node in top.items():
+        used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} & top.keys() - {name}
+        needs = (ast.get_docstring(node) or "").partition("needs:")[2]
+        assert used == set(re.findall(r"\w+", needs)) & top.keys(), name
 
 
 def test_default_anchors_are_the_releases():

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -502,8 +503,9 @@ def test_switches_change_what_the_network_sees(photos):
 
 def test_init_starts_from_other_weights(here, base, photos, tmp_path):
     source = base["fpn", 1][0]
-    assert here("--arch", "fpn", *SMALL, "--epochs", 1, "--lr", 0, "--weight-decay", 0, "--init", source,
-                "--out", tmp_path, photos)[0] == 0
+    _, text, _ = here("--arch", "fpn", *SMALL, "--epochs", 1, "--lr", 0, "--weight-decay", 0,
+                      "--init", source, "--out", tmp_path, photos)
+    assert "starting from InsLoc, resnet18 at encoder_q.resnet.: neck and box head, the rest random" in text
     status, _, err = here("--arch", "c4", *SMALL, "--resnet", "resnet34", "--init", source, "--out",
                           tmp_path / "other", photos)
     assert status == 1 and err.count("\n") == 1 and "resnet18 at encoder_q.resnet., not --resnet" in err
@@ -529,8 +531,10 @@ BAD = {
     "canvas off the stride": (["--image-size", 40, "DATA"], "multiple of 32"),
     "paste size without pasting": (["--method", "ra", "--fg-size", 8, 16, "DATA"], "pastes nothing"),
     "no epochs": (["--epochs", 0, "DATA"], "--epochs must be at least 1"),
-    "negative rate": (["--lr", -1, "DATA"], "--lr must not be negative"),
-    "rate that is no number": (["--lr", "nan", "DATA"], "--lr must not be negative"),
+    "negative rate": (["--lr", -1, "DATA"], "--lr must be a number from 0 on"),
+    "rate that is no number": (["--lr", "nan", "DATA"], "--lr must be a number from 0 on"),
+    "seed too large": (["--seed", 2 ** 64, "DATA"], "--seed must be a number from 0 on, and below 2**63"),
+    "more pictures than images": (["--preview", 41, "DATA"], "too few for --preview 41"),
     "momentum above one": (["--ema", 1.5, "DATA"], "--ema must be in [0, 1]"),
     "temperature of zero": (["--temperature", 0, "DATA"], "--temperature above 0"),
     "batch larger than the data": (["--batch-size", 63, "DATA"], "has 40 images, less than a batch of 63"),
@@ -581,7 +585,51 @@ def test_what_a_run_directory_refuses(here, base, photos, tmp_path):
     assert status == 1 and f"{out} holds a run: --resume goes on, --out starts another" in err
     status, _, err = here(*options, "--lr", 0.1, "--queue-size", 32, "--resume", photos)
     assert status == 1 and "with other settings: lr was 0.02, is 0.1; queue_size was 20, is 32\n" in err
+    status, _, err = here(*options, "--preview", 4, photos)
+    assert status == 1 and "give --preview another --out" in err
     assert before == content()
+    (tmp_path / "checkpoint.pth").write_bytes(b"")          # its log.jsonl is gone: a run all the same
+    status, _, err = here("--arch", "c4", *OPTIONS["c4"], "--out", tmp_path, photos)
+    assert status == 1 and "holds a run" in err
+    shutil.copyfile(f"{out}/backbone.pth", tmp_path / "checkpoint.pth")
+    status, _, err = here("--arch", "c4", *OPTIONS["c4"], "--out", tmp_path, "--resume", photos)
+    assert status == 1 and err.endswith("checkpoint.pth is no checkpoint of pretrain.py\n")
+
+
+def test_a_run_keeps_its_images_from_its_first_checkpoint_on(here, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    options = ["--arch", "c4", "--method", "moco", *SMALL, "--epochs", 1, "--resume", "--out", folder / "run"]
+    os.makedirs(folder / "run")
+    (folder / "run" / "images.list").write_bytes(b"000.jpg")            # of a run that saved nothing
+    _, text, _ = here(*options, f"{folder}//")
+    assert "images  40 in" in text
+    write_images(folder, 3, start=60)
+    _, text, _ = here(*options, folder)
+    assert "has changed: the run keeps the 40 images that it started with" in text and "done, 3 steps" in text
+
+
+def test_processes_of_other_settings_refuse_each_other(photos, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [start("--arch", "c4", "--method", "moco", *SMALL, "--lr", 0.1 + rank, "--epochs", 1, "--out",
+                   tmp_path / str(rank), photos,
+                   env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+             for rank in range(2)]
+    errors = [finish(process, status=1)[1] for process in ranks]
+    assert "the processes differ in images, settings or checkpoint" in errors[0]
+
+
+def test_a_killed_loader_worker_ends_the_run_in_one_line(photos, tmp_path):
+    process = start("--arch", "c4", "--method", "moco", *SMALL, "--epochs", 500, "--workers", 1, "--out",
+                    tmp_path, photos)
+    wait_for_step(process, tmp_path, 3)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+        for child in f.read().split():
+            os.kill(int(child), signal.SIGKILL)
+    _, err = finish(process, status=1)
+    assert re.search(r"error: loading step \d+: DataLoader worker .* exited unexpectedly", err)
 
 
 def test_two_runs_do_not_share_a_directory(here, photos, tmp_path):
@@ -659,7 +707,7 @@ def test_a_train_folder_alone_is_taken(photos, tmp_path, capsys):
     for i, name in enumerate(sorted(os.listdir(photos))):
         os.symlink(os.path.join(photos, name), tmp_path / ("val" if i < 10 else "train") / name)
     paths = pretrain.find_images(pretrain.get_args(["--arch", "c4", *SMALL, str(tmp_path)]))
-    assert len(paths) == 30 and f"taking {tmp_path}/train alone" in capsys.readouterr().out
+    assert len(paths) == 30 and f"taking '{tmp_path}/train' alone" in capsys.readouterr().out
 
 
 @pytest.fixture
