@@ -43,7 +43,7 @@ demo-detect: install
 	@echo "Look at curves.png, trial0/detections.png and results.json in runs/demo_detect (pre-trained) and runs/demo_detect_random"
 
 test: install
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -o tmp_path_retention_policy=none tests
 
 clean:
 	rm -rf $(VENV) toy runs
