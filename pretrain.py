@@ -574,8 +574,8 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         before = time.perf_counter()
         try:
             batch = [next(loader) for _ in range(mine)]
-        except (Unreadable, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1]            # a worker's ends its traceback
+        except (Unreadable, ValueError, RuntimeError, OSError, EOFError) as error:  # last two: a dead worker
+            reason = (str(error).strip() or "a worker died").splitlines()[-1]       # ends a worker's traceback
             reason = re.sub(r"^(insloc\.Unreadable|ValueError): ", "", reason)
             sys.exit(f"pretrain.py: error: loading step {step + 1}: {reason}")
         waited += time.perf_counter() - before
