@@ -575,7 +575,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         try:
             batch = [next(loader) for _ in range(mine)]
         except (Unreadable, ValueError, RuntimeError, OSError, EOFError) as error:  # last two: a dead worker
-            reason = (str(error).strip() or "a worker died").splitlines()[-1]       # ends a worker's traceback
+            reason = (str(error).strip() or "a worker died").splitlines()[-1]     # a traceback ends so
             reason = re.sub(r"^(insloc\.Unreadable|ValueError): ", "", reason)
             sys.exit(f"pretrain.py: error: loading step {step + 1}: {reason}")
         waited += time.perf_counter() - before
