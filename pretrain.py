@@ -518,9 +518,10 @@ def main(rank, args, paths, rendezvous="env://"):
     keys = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step,
                    range(rank * mine, (rank + 1) * mine))
     Finalize(None, kill_workers, exitpriority=0)
+    # Forked also where this process was spawned: workers share torch and the paths, 420 MB each otherwise.
     loader = iter(torch.utils.data.DataLoader(
         views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers, pin_memory=cuda,
-        worker_init_fn=ignore_signals))
+        worker_init_fn=ignore_signals, multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # next() finds a dead worker, no handler in mid-save
 
     # ---- the run in numbers

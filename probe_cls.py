@@ -155,7 +155,8 @@ def centre_crop(image, size):
 def load(dataset, batches, args):
     """Batches of the dataset's items, by lists of keys. A file that does not open ends the run in a line."""
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
-                                         pin_memory=args.device == "cuda")
+                                         pin_memory=args.device == "cuda",
+                                         multiprocessing_context="fork" if args.workers else None)
     try:
         yield from loader
     except Unreadable as error:                             # a worker's comes with its traceback in front

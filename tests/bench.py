@@ -360,8 +360,8 @@ class Touch(torch.utils.data.Dataset):
 
 
 def index_rank(rank, paths, ranks, queue, go_on):
-    loader = iter(torch.utils.data.DataLoader(Touch(paths), num_workers=8, prefetch_factor=8))
-    for _ in range(64):
+    loader = iter(torch.utils.data.DataLoader(Touch(paths), num_workers=8, multiprocessing_context="fork"))
+    for _ in range(63):
         next(loader)
     queue.put(sum(proportional(pid) for pid in [os.getpid(), *(w.pid for w in loader._workers)]))
     go_on.wait()
@@ -372,7 +372,7 @@ def index_memory(paths, ranks=8):
     context = torch.multiprocessing.get_context("spawn")
     queue, go_on = context.Queue(), context.Event()
     run = torch.multiprocessing.start_processes(index_rank, (paths, ranks, queue, go_on), ranks, join=False)
-    total = sum(queue.get() for _ in range(ranks))
+    total = sum(queue.get(timeout=300) for _ in range(ranks))
     go_on.set()
     run.join()
     return total
