@@ -297,7 +297,7 @@ def read_image(path):
     if not os.path.isfile(path):                                     # a pipe or a device would block for ever
         raise OSError("not a file")
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-    if 0 < jpeg_pixels(data.numpy()) <= 2 * PIL.Image.MAX_IMAGE_PIXELS:     # Pillow's limit; decode_jpeg has none
+    if 0 < jpeg_pixels(data.numpy()) <= 2 * PIL.Image.MAX_IMAGE_PIXELS:  # Pillow's limit; decoder has none
         try:
             return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
         except RuntimeError:
@@ -687,11 +687,11 @@ class PickledArray(np.ndarray):
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
-        array = dtype.read(raw, shape)                                      # raises unless they fit each other
+        array = dtype.read(raw, shape)                                     # raises unless they fit each other
         super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))
 
 
-class ArraysOnly(pickle._Unpickler):                # in Python: the one in C reserves whatever a file asks for
+class ArraysOnly(pickle._Unpickler):               # in Python: the one in C reserves whatever a file asks for
     """Reads NumPy arrays of numbers in dicts and lists, as detectron2's .pkl files are.
 
     What the file names is not called: these methods stand for it.    needs: PickledDtype, PickledArray
@@ -790,8 +790,8 @@ def is_numbers(x):
     """A tensor or an array whose numbers are there, one by one: neither sparse, nor meta, nor complex, ..."""
     if isinstance(x, torch.Tensor):
         return (x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested and x.dtype in (
-            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-            torch.int8, torch.uint8, torch.bool))
+            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+            torch.int16, torch.int8, torch.uint8, torch.bool))
     return isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
 
 
@@ -814,7 +814,7 @@ def read_weights(path, trust=False):
 
     def walk(node, prefix):
         dicts.append(prefix)
-        if len(prefix) > 500 or len(dicts) > 100_000:       # a dict may hold itself, or another twice and so on
+        if len(prefix) > 500 or len(dicts) > 100_000:     # a dict may hold itself, or another twice, ...
             raise ValueError("damaged: dicts in dicts without end")
         for key, value in node.items():
             if isinstance(value, dict):

@@ -173,7 +173,7 @@ def find_images(args):
             names += [os.path.join(folder, name)[len(root.rstrip(b"/")) + 1:] for name in files
                       if name.lower().endswith(EXTENSIONS) and not name.startswith(b".")]
         names.sort()
-    elif not os.path.isfile(data):                          # a device has no end, a pipe may have no beginning
+    elif not os.path.isfile(data):                         # a device has no end, a pipe may have no beginning
         sys.exit(f"pretrain.py: error: {data}: neither a folder nor a file")
     else:
         root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
@@ -665,8 +665,8 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             first_bad, what = min(zip(bad_step.tolist(), ("loss is", "gradient is", "weights are")),
                                   key=lambda pair: pair[0])
             if first_bad < math.inf:
-                leave(f"pretrain.py: error: in step {first_bad:.0f} the {what} not finite; {args.out} keeps its "
-                      "last good checkpoint. Lower --lr, or try --precision fp32")
+                leave(f"pretrain.py: error: in step {first_bad:.0f} the {what} not finite; {args.out} keeps "
+                      "its last good checkpoint. Lower --lr, or try --precision fp32")
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             now = time.perf_counter()
             took = now - logged_at
@@ -729,8 +729,8 @@ def run(rank, args, *found):
         reason = (str(error).splitlines() or [""])[0]
         if not isinstance(error, dist.DistError) and not re.search("gloo/|pair closure", reason):
             raise
-        sys.exit(f"pretrain.py: error: process {rank} of {args.nprocs} waits for another that hangs or is gone "
-                 f"({reason[:150]}); --resume goes on from the last checkpoint")
+        sys.exit(f"pretrain.py: error: process {rank} of {args.nprocs} waits for one that hangs or is gone ("
+                 f"{reason[:150]}); --resume goes on from the last checkpoint")
 
 
 def launch():
