@@ -387,30 +387,33 @@ def load_data(args, say=print):
 # ---- Weights
 
 def get_weights(args):
-    """WEIGHTS -> Weights (None: random), and the local path of MSRA's net, which detectron2 reads itself."""
+    """WEIGHTS -> Weights (None: random), and the arrays of MSRA's net, whose names detectron2 matches."""
     if args.weights == "random":
         return None, None
     try:
         path = PathManager.get_local_path(args.weights) if "://" in args.weights else args.weights
         content = read_file(path, args.trust) if path.endswith(".pkl") else {}
-        if "res2_0_branch2a_w" in (content.get("blobs", content) if isinstance(content, dict) else ()):
+        blobs = content.get("blobs", content) if isinstance(content, dict) else {}
+        if isinstance(blobs, dict) and "res2_0_branch2a_w" in blobs:
             mean, std = [x / 255 for x in (103.53, 116.28, 123.675)], [1 / 255] * 3     # [detectron2]
-            return Weights({}, {}, "Supervised, MSRA's, by detectron2", mean, std, "BGR", ()), path
+            return Weights({}, {}, "Supervised, MSRA's, by detectron2", mean, std, "BGR", ()), blobs
         return read_weights(path, args.trust), None
     except Exception as error:                                  # any: a file or an address from anywhere
         fail(f"{args.weights}: {error if isinstance(error, ValueError) else brief(error)}")
 
 
-def load_weights(model, weights, arch, path=None):
+def load_weights(model, weights, arch, blobs=None):
     """Weights into detectron2's model by exact name. -> names loaded, names left at their random init.
 
     ValueError unless what is left is what no pre-training has: 15 tensors for VOC C4, 19 for COCO C4, 43 for
-    FPN (112 without neck and box head, and without the extra norm then). path: of MSRA's net.
+    FPN (112 without neck and box head, and without the extra norm then). blobs: MSRA's net.
     """
     own = model.state_dict()
-    if path:                                                    # Caffe2's names: detectron2 matches them
+    if blobs:                           # not by detectron2's own reader, which would run the pickle's code
         before = {name: x.clone() for name, x in own.items()}
-        DetectionCheckpointer(model).load(path)
+        arrays = {name: x for name, x in blobs.items() if not name.endswith("_momentum")}
+        DetectionCheckpointer(model)._load_model(
+            {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True})
         state = {name: x for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
         need = {name for name in own if name.endswith("weight") and ".norm" not in name}
     else:

@@ -26,6 +26,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def crop_box(height, width, scale=(0.2, 1.0), ratio=(0.5, 2.0), generator=None):
 def paste(background, foreground, top, left, out=None):
     """The composition C of Eq. 3-4: background (3, S, S), foreground (3, h, w) -> new composite, box (4,).
 
-    Any dtype, the box float32; the inputs stay untouched. out: a (3, S, S) tensor to write the composite into.
+    Any dtype, the box float32; the inputs stay untouched. out: a (3, S, S) tensor to write into.
     ValueError if the foreground leaves the canvas.
     """
     h, w = foreground.shape[-2:]
@@ -276,16 +277,26 @@ class PathList:
         return hashlib.sha256(self.data.numpy().tobytes() + self.ends.numpy().tobytes()).hexdigest()[:8]
 
 
+def jpeg_pixels(data):
+    """Height x width in the header of a JPEG (bytes), 0 where none is found: costs 0.2 % of a decode."""
+    view, at = memoryview(data), 2
+    while at + 9 <= len(view) and view[0] == view[at] == 0xFF:              # from marker to marker
+        if 0xC0 <= view[at + 1] <= 0xCF and view[at + 1] not in (0xC4, 0xC8, 0xCC):         # start of frame
+            return (view[at + 5] << 8 | view[at + 6]) * (view[at + 7] << 8 | view[at + 8])
+        at += 2 + (view[at + 2] << 8 | view[at + 3])
+    return 0
+
+
 def read_image(path):
     """An image file as uint8 (3, H, W), RGB, pixel by pixel in memory: so it crops and resizes fastest.
 
     JPEG by torchvision, anything else (and what that refuses) by Pillow. EXIF rotation is ignored, as
-    ImageFolder does. Any exception means that the file cannot be used.
+    ImageFolder does. Any exception means that the file cannot be used.    needs: jpeg_pixels
     """
     if not os.path.isfile(path):                                     # a pipe or a device would block for ever
         raise OSError("not a file")
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-    if data[:3].tolist() == [0xFF, 0xD8, 0xFF]:
+    if 0 < jpeg_pixels(data.numpy()) <= 2 * PIL.Image.MAX_IMAGE_PIXELS:  # Pillow's limit; decoder has none
         try:
             return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
         except RuntimeError:
@@ -662,16 +673,75 @@ SPELLINGS = tuple((re.compile(r"(^|\.)" + theirs), ours) for theirs, ours in (  
     (r"shortcut\.(norm\.)?", lambda m: f"{m[1]}downsample.{int(bool(m[2]))}.")))
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Reads NumPy arrays in dicts and lists, as detectron2's .pkl files are; nothing else it names is run."""
-    allowed = {"_reconstruct": np.zeros(1).__reduce__()[0], "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-               "scalar": np.float64(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
-               "encode": str.encode, "OrderedDict": dict}
+class PickledDtype:
+    """A number's dtype in a pickle; NumPy's own would let a file change the dtype of an array in use."""
+
+    def __init__(self, name):
+        self.dtype = np.dtype(name if isinstance(name, str) else "O")
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError("its arrays are not of numbers")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+    def read(self, raw, shape, order="C"):
+        array = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, self.dtype)
+        return array.astype(self.dtype.newbyteorder("=")).reshape(shape, order=order)
+
+
+class PickledArray(np.ndarray):
+    """Empty until the pickle gives it its state."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        array = dtype.read(raw, shape)                                     # raises unless they fit each other
+        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))
+
+
+class ArraysOnly(pickle._Unpickler):               # in Python: the one in C reserves whatever a file asks for
+    """Reads NumPy arrays of numbers in dicts and lists, as detectron2's .pkl files are.
+
+    What the file names is not called: these methods stand for it.    needs: PickledDtype, PickledArray
+    """
+    ndarray = None
+
+    def set_items(self, *items):                    # a key of tuples in tuples may take for ever to hash
+        if any(not isinstance(key, (str, int)) for key in items[::2]):
+            raise pickle.UnpicklingError("a key that is no name")
+        dict.update(self.stack[-1], zip(items[::2], items[1::2]))
 
     def find_class(self, module, name):
-        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in self.allowed:
-            return self.allowed[name]
+        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in (
+                "_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype", "encode", "OrderedDict"):
+            return getattr(self, name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+    def _reconstruct(self, kind, shape, code):
+        return PickledArray(0)
+
+    def _frombuffer(self, raw, dtype, shape, order):
+        return dtype.read(raw, shape, order)
+
+    def scalar(self, dtype, raw):
+        return dtype.read(raw, ())[()]
+
+    def dtype(self, name, align=False, copy=False):
+        return PickledDtype(name)
+
+    def OrderedDict(self):
+        return {}
+
+    def encode(self, text, encoding):
+        return text.encode("latin1")
+
+    def load_bytearray8(self):                      # pickle's own fills that many bytes before it reads one
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch = {**{code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in (
+                    pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.DICT)},
+                pickle.SETITEM[0]: lambda self: self.set_items(self.stack.pop(-2), self.stack.pop()),
+                pickle.SETITEMS[0]: lambda self: self.set_items(*self.pop_mark()),
+                pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
 def read_file(path, trust=False):
@@ -680,6 +750,8 @@ def read_file(path, trust=False):
     if re.search(r"ckpt-\d+(\.(index|meta|data-.*))?$", path):
         raise ValueError("from TensorFlow: convert it first (SimCLR: github.com/tonylins/simclr-converter); "
                          + differ)
+    if os.path.exists(path) and not os.path.isfile(path):           # a pipe or a device would block for ever
+        raise ValueError("not a file")
     with open(path, "rb") as f:
         head = f.read(64)
         f.seek(0)
@@ -689,9 +761,21 @@ def read_file(path, trust=False):
                 start = 8 + int.from_bytes(data[:8], "little")
                 table = {name: x for name, x in json.loads(data[8:start]).items() if name != "__metadata__"}
                 data = bytearray(data[start:])
+                spans = sorted(x["data_offsets"] for x in table.values())       # without gap or overlap
+                if [0, *(end for _, end in spans)] != [*(start for start, _ in spans), len(data)] or any(
+                        math.prod(x["shape"]) * dtypes[x["dtype"]].itemsize != end - start
+                        for x in table.values() for start, end in [x["data_offsets"]]):
+                    raise ValueError("its tensors do not fill it")
                 return {name: torch.frombuffer(data, dtype=dtypes[x["dtype"]], offset=x["data_offsets"][0],
                                                count=math.prod(x["shape"])).reshape(x["shape"])
                         for name, x in table.items()}
+            if head[:2] == b"PK":                           # torch.load compares neither sizes nor check sums
+                with zipfile.ZipFile(f) as archive:
+                    if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+                        raise ValueError("there is more in it than it is long")
+                    if broken := archive.testzip():
+                        raise ValueError(f"the check sum of {broken} is wrong")
+                f.seek(0)
             if head[:2] == b"PK" or bytes.fromhex("8a0a6cfc9c46f9206aa85019") in head:    # torch.save
                 with torch.serialization.safe_globals([argparse.Namespace]):  # PixPro's, InfoMin's opt
                     return torch.load(f, map_location="cpu", weights_only=not trust)
@@ -709,13 +793,22 @@ def read_file(path, trust=False):
     raise ValueError(f"neither torch.save's, nor safetensors, nor a pickle: it begins with {head[:8]!r}")
 
 
+def is_numbers(x):
+    """A tensor or an array whose numbers are there, one by one: neither sparse, nor meta, nor complex, ..."""
+    if isinstance(x, torch.Tensor):
+        return (x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested and x.dtype in (
+            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+            torch.int16, torch.int8, torch.uint8, torch.bool))
+    return isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
+
+
 def read_weights(path, trust=False):
     """Trunk, and neck and box head if there, of a run directory or of any system's checkpoint: Weights.
 
     One rule: of all places in the file where a ResNet may stand, the one with every tensor of a torchvision
     ResNet in its shape and no other layers; a moving average (key encoder, target, teacher) is no place. Else
     ValueError, with the nearest place and its faults. trust: the file may run code.
-    needs: read_file, Weights, FPNEncoder, the tables above, PIXEL_MEAN, PIXEL_STD
+    needs: read_file, is_numbers, Weights, FPNEncoder, the tables above, PIXEL_MEAN, PIXEL_STD
     """
     if os.path.isdir(path):
         names = [name for name in ("checkpoint.pth", "checkpoint_prev.pth", "backbone.pth")
@@ -724,19 +817,23 @@ def read_weights(path, trust=False):
             raise ValueError("a directory without checkpoint.pth")
         path = os.path.join(path, names[0])
     content, clues, flat, theirs = read_file(path, trust), [os.path.basename(path)], {}, {}
+    dicts = []
 
     def walk(node, prefix):
+        dicts.append(prefix)
+        if len(prefix) > 500 or len(dicts) > 100_000:     # a dict may hold itself, or another twice, ...
+            raise ValueError("damaged: dicts in dicts without end")
         for key, value in node.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
-            elif isinstance(value, (torch.Tensor, np.ndarray)):
+            elif is_numbers(value):
                 name = f"{prefix}{key}"
                 clues.append(name)
                 for spelling, ours in SPELLINGS:
                     name = spelling.sub(ours, name)
                 if name in flat:
                     raise ValueError(f"two tensors claim to be {name}")
-                flat[name], theirs[name] = torch.as_tensor(value), clues[-1]
+                flat[name], theirs[name] = torch.as_tensor(value).detach(), clues[-1]
 
     walk(content if isinstance(content, dict) else {}, "")
     if any(name.endswith("res2_0_branch2a_w") for name in flat):
@@ -762,6 +859,9 @@ def read_weights(path, trust=False):
     if count:
         raise ValueError(f"no whole ResNet; nearest: {resnet} at {prefix or 'top level'!r}, with {count} "
                          f"fault{'s' * (count > 1)}: {'; '.join(faults[:4])}")
+    for name in trunk:
+        if name in here and not here[name].isfinite().all():
+            raise ValueError(f"{theirs[prefix + name]} has values that are not finite")
     for other in (place for place in found if place[0] == 0):
         if any(not torch.equal(here[name], x) for name, x in other[3].items() if name in trunk):
             raise ValueError(f"two different ResNets, at {prefix!r} and {other[2]!r}: keep one in the file")

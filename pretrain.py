@@ -38,13 +38,13 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, PathList, Unreadable,
                     Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric,
-                    read_weights)
+                    read_file, read_weights)
 
 TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
 FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview",
-        "compile", "trust"}
+        "compile", "trust", "timeout"}
 
 
 def get_args(argv=None):
@@ -95,6 +95,8 @@ def get_args(argv=None):
     add("--log-every", type=int, default=10, help="steps between log lines [MoCo v2]")
     add("--preview", type=int, metavar="N", help="only draw N samples into composites.png [ours: off]")
     add("--compile", action="store_true", help="torch.compile the encoders [ours: off]")
+    add("--timeout", type=float, default=10, metavar="MIN", help="minutes to wait for another process or for "
+        "data before the run ends [NCCL: 10]")
     args = parser.parse_args(argv)
 
     # Defaults that depend on others, and every check that needs no data.
@@ -120,6 +122,8 @@ def get_args(argv=None):
     for name in ("lr", "weight_decay", "keep", "workers", "seed"):
         if not 0 <= (getattr(args, name) or 0) < 2 ** 63:
             fail(f"--{name.replace('_', '-')} must be a number from 0 on, and below 2**63")
+    if not 0 < args.timeout < 1e6:
+        fail("--timeout must be above 0")
     if not (0 <= args.ema <= 1 and 0 < args.temperature < math.inf):
         fail("--ema must be in [0, 1] and --temperature above 0")
     if args.bn_group < (3 if pasting else 2):
@@ -169,6 +173,8 @@ def find_images(args):
             names += [os.path.join(folder, name)[len(root.rstrip(b"/")) + 1:] for name in files
                       if name.lower().endswith(EXTENSIONS) and not name.startswith(b".")]
         names.sort()
+    elif not os.path.isfile(data):                         # a device has no end, a pipe may have no beginning
+        sys.exit(f"pretrain.py: error: {data}: neither a folder nor a file")
     else:
         root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
         try:
@@ -279,6 +285,11 @@ def all_gather(rows, world):
     return torch.cat(parts)
 
 
+def all_finite(tensors):
+    """A bool on their device, so that nobody waits; the largest magnitude of each shows inf and nan."""
+    return torch.stack(torch._foreach_norm([x.detach() for x in tensors], ord=math.inf)).isfinite().all()
+
+
 def save_composites(args, paths, count):
     """composites.png, as Fig. 3: of each sample the query, then the key, with the true box in red.
 
@@ -354,10 +365,15 @@ def read_log(args):
 
 def write_file(path, write, previous=None):
     """write(file) beside `path`, then rename: a kill or a full disk loses nothing. The old: `previous`."""
-    with open(path + ".tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")                        # a full disk needs the room
+        raise
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(path + ".tmp", path)
@@ -385,11 +401,11 @@ def load(args, paths, talk):
              if os.path.exists(path := os.path.join(args.out, name))]
     for path in found:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not {"step", "args", "images", "statistics"} <= state.keys():
+            state = read_file(path)             # compares check sums, too
+            if not isinstance(state, dict) or not {"step", "args", "images", "statistics"} <= state.keys():
                 sys.exit(f"pretrain.py: error: {path} is no checkpoint of pretrain.py")
             break
-        except Exception as error:              # torn or overwritten: pickle, zip, torch raise each their own
+        except (OSError, ValueError) as error:
             talk(f"{path} cannot be read: {str(error).splitlines()[0][:80]}")
     else:
         if found:
@@ -445,7 +461,8 @@ def main(rank, args, paths, rendezvous="env://"):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     if world > 1:                                   # gloo beside nccl: small CPU tensors wait for no GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, rendezvous, rank=rank, world_size=world)
+        dist.init_process_group(backend, rendezvous, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(minutes=args.timeout))
 
     def agree(value):
         """The largest of all ranks' ints: what one rank wants, all do, in the same step."""
@@ -521,7 +538,8 @@ def main(rank, args, paths, rendezvous="env://"):
     # Forked also where this process was spawned: workers share torch and the paths, 420 MB each otherwise.
     loader = iter(torch.utils.data.DataLoader(
         views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers, pin_memory=cuda,
-        worker_init_fn=ignore_signals, multiprocessing_context="fork" if args.workers else None))
+        worker_init_fn=ignore_signals, timeout=60 * args.timeout * (args.workers > 0),
+        multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # next() finds a dead worker, no handler in mid-save
 
     # ---- the run in numbers
@@ -562,7 +580,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)   # losses, acc_queue, acc_batch
-    bad_step = torch.full((), math.inf, device=device, dtype=torch.float64)     # first non-finite loss
+    bad_step = torch.full((3,), math.inf, device=device, dtype=torch.float64)   # first not finite: loss, ...
     unreported, first_step, logged_step, waited = set(), step, step, 0.0
     started = logged_at = time.perf_counter()
 
@@ -620,8 +638,10 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                 beats_batch = torch.einsum("nld,bld->nlb", q, k).argmax(dim=2) == own[:, None]
                 accuracies = [beats.to(dtype).mean() for beats in (beats_queue, beats_batch)]
                 totals += torch.stack([*loss, *accuracies]) / mine
-                bad_step = torch.where(loss.isfinite().all(), bad_step, bad_step.clamp(max=step + 1))
+        finite = [totals.isfinite().all(), all_finite([p.grad for p in encoder_q.parameters()])]
         optimizer.step()
+        finite = torch.stack([*finite, all_finite(list(encoder_q.parameters()))])       # on the device, too
+        bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step + 1))
         queue.enqueue(k)
         step += 1
 
@@ -644,8 +664,10 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             if world > 1:
                 dist.all_reduce(totals)
                 dist.all_reduce(bad_step, op=dist.ReduceOp.MIN)
-            if bad_step < math.inf:
-                leave(f"pretrain.py: error: the loss of step {int(bad_step)} is not finite; {args.out} keeps "
+            first_bad, what = min(zip(bad_step.tolist(), ("loss is", "gradient is", "weights are")),
+                                  key=lambda pair: pair[0])
+            if first_bad < math.inf:
+                leave(f"pretrain.py: error: in step {first_bad:.0f} the {what} not finite; {args.out} keeps "
                       "its last good checkpoint. Lower --lr, or try --precision fp32")
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             now = time.perf_counter()
@@ -669,9 +691,9 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         if save_now:
             own = torch.cat([b.flatten() for b in statistics])
             everyone = all_gather(own[None], world)                                  # (ranks, statistics)
-            if not all(t.isfinite().all() for t in (*encoder_q.parameters(), everyone, queue.keys)):
-                leave(f"pretrain.py: error: the weights of step {step} are not finite; {args.out} keeps its "
-                      "last good checkpoint. Lower --lr, or try --precision fp32")
+            if not all_finite([*encoder_k.parameters(), everyone, queue.keys]):
+                leave(f"pretrain.py: error: after step {step} keys or statistics are not finite; {args.out} "
+                      "keeps its last good checkpoint. Lower --lr, or try --precision fp32")
             failure = None
             if rank == 0:
                 set_statistics(everyone.mean(dim=0))
@@ -699,6 +721,20 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         dist.destroy_process_group()
 
 
+def run(rank, args, *found):
+    """`main`; what a machine may do to it anywhere ends in one line: a full disk, a process that is gone."""
+    try:
+        main(rank, args, *found)
+    except OSError as error:
+        sys.exit(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint")
+    except RuntimeError as error:                           # gloo has no exception of its own
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, dist.DistError) and not re.search("gloo/|pair closure", reason):
+            raise
+        sys.exit(f"pretrain.py: error: process {rank} of {args.nprocs} waits for one that hangs or is gone ("
+                 f"{reason[:150]}); --resume goes on from the last checkpoint")
+
+
 def launch():
     args = get_args()
     paths = find_images(args)
@@ -713,7 +749,7 @@ def launch():
             sys.exit(f"pretrain.py: error: {len(paths)} images are too few for --preview {args.preview}")
         save_composites(args, paths, args.preview)
     elif args.nprocs == 1 or TORCHRUN:              # alone, or a process of torchrun: no other is started
-        main(int(os.environ["RANK"]) if TORCHRUN else 0, args, paths)
+        run(int(os.environ["RANK"]) if TORCHRUN else 0, args, paths)
     else:
         start_processes(args, paths)
 
@@ -721,7 +757,7 @@ def launch():
 def start_processes(args, paths):
     """One process a rank; hands signals on to them and ends as they end."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(main, (args, paths, f"file://{folder}/rendezvous"), args.nprocs,
+        context = mp.start_processes(run, (args, paths, f"file://{folder}/rendezvous"), args.nprocs,
                                      join=False, start_method="spawn")
 
         def hand_on(number, frame):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, PathList, Unreadable, crop_box, generator_for,
-                    read_image, read_weights, roi_pool)
+                    read_file, read_image, read_weights, roi_pool)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PAPER = {"SwAV": 70.1, "BYOL": 74.3, "MoCo-v2": 67.7, "InsLoc": 61.7}           # Table 3a, Cls: top-1, R50-C4
@@ -181,7 +181,7 @@ def read_state(args):
     if not args.resume:
         fail(f"{args.out} already holds a run: --resume goes on with it, --out starts another")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_file(path)
         state["args"]
     except Exception as error:                              # a damaged file fails in many ways
         fail(f"{path} is no checkpoint of a probe ({type(error).__name__}); remove it, or name another --out")

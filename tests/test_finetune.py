@@ -309,6 +309,7 @@ def test_msras_pickle_goes_through_detectron2(c4, tmp_path):
     with open(path, "wb") as f:                                 # a layer less: refused, not left at random
         blobs.pop("res4_3_branch2b_w")
         pickle.dump({name: x.numpy() for name, x in blobs.items()}, f, protocol=2)
+    _, file = ft.get_weights(ft.get_args([path, "--protocol", "voc-c4", "--data", "x"]))
     with pytest.raises(ValueError, match="res4.3.conv2.weight"):
         ft.load_weights(build_model(cfg), weights, "c4", file)
 
