@@ -312,7 +312,8 @@ def wait_for_step(process, out, step):
             if f'{{"step": {step}, "epoch"' in f.read():
                 return
         time.sleep(0.01)
-    raise AssertionError(f"step {step} did not come: {process.poll()}")
+    process.kill()
+    raise AssertionError(f"step {step} did not come: {process.communicate()}")
 
 
 @pytest.mark.parametrize("count, asked", [(1, signal.SIGINT), (2, signal.SIGTERM)])
