@@ -77,15 +77,14 @@ def in_mid_save(process, out):
 
 
 def test_two_processes_survive_faults_bit_for_bit(base, photos, tmp_path):                 # noqa: F811
-    """A rank killed; a rank that hangs; everything killed while a checkpoint is being written: one command
-    line, started again and again as a cluster does.
-    """
+    """Rank 0 killed while it writes a checkpoint; a rank that hangs. test_pretrain.py kills whole runs."""
     options = [*RUN, "--nprocs", 2, "--out", tmp_path, "--resume", photos]
 
     process = start(*options, env=ENV)
     wait_for_step(process, tmp_path, 2)
     both = ranks(process)
-    os.kill(both[1], signal.SIGKILL)
+    in_mid_save(process, tmp_path)
+    os.kill(both[0], signal.SIGKILL)
     _, err = finish(process, status=1)
     assert "--resume goes on from the last checkpoint" in err.strip().splitlines()[-1]
     assert len(both) == 2 and not any(os.path.exists(f"/proc/{rank}") for rank in both)
@@ -99,13 +98,6 @@ def test_two_processes_survive_faults_bit_for_bit(base, photos, tmp_path):      
     said = [line for line in err.splitlines() if "error" in line]
     assert len(said) == 1 and "of 2 waits for one that hangs or is gone" in said[0]
     assert not any(os.path.exists(f"/proc/{rank}") for rank in both)
-
-    process = start(*options, "--workers", 1, env=ENV)
-    wait_for_step(process, tmp_path, 5)
-    in_mid_save(process, tmp_path)
-    os.killpg(process.pid, signal.SIGKILL)                  # every process, loader workers included
-    process.communicate()
-    assert state_of(tmp_path)["step"] < LAST
 
     finish(start(*options, env=ENV))
     assert same(state_of(tmp_path), state_of(base[2]))
@@ -200,6 +192,8 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(here, base, monkeypatch,
     assert not [name for name in os.listdir(small_disk / "run") if name.endswith(".tmp")]
 
     def fill(self, keys):                                           # so that not even a log line fits
+        with open(small_disk / "run" / "log.jsonl", "ab") as f:     # to the end of its page
+            f.write(b"\n" * (-f.tell() % 4096))
         with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
             while True:
                 f.write(bytes(4096))
