@@ -345,13 +345,6 @@ def test_resuming_a_finished_run_changes_nothing(here, base, photos, tmp_path):
     assert same(state_of(tmp_path / "run"), state_of(base["c4", 1][0]))
 
 
-def test_torchrun_trains_the_same_weights(base, photos, tmp_path):
-    launcher = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split(), SCRIPT]
-    options = ["--arch", "c4", *OPTIONS["c4"], "--out", tmp_path, photos]
-    finish(start(*options, launcher=launcher, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    assert apart(state_of(tmp_path), state_of(base["c4", 2][0])) < 1e-12
-
-
 # ----------------------------------------------------------------------------------------------------------
 # What a person sees, and what is left behind
 # ----------------------------------------------------------------------------------------------------------
