@@ -359,7 +359,7 @@ class Touch(torch.utils.data.Dataset):
         return sum(len(self.paths[i]) for i in range(index, len(self.paths), 64 * 13))
 
 
-def index_rank(rank, paths, ranks, queue, go_on):
+def index_rank(rank, paths, queue, go_on):
     loader = iter(torch.utils.data.DataLoader(Touch(paths), num_workers=8, multiprocessing_context="fork"))
     for _ in range(63):
         next(loader)
@@ -371,7 +371,7 @@ def index_memory(paths, ranks=8):
     """MB that 8 ranks with 8 loader workers each have, all together."""
     context = torch.multiprocessing.get_context("spawn")
     queue, go_on = context.Queue(), context.Event()
-    run = torch.multiprocessing.start_processes(index_rank, (paths, ranks, queue, go_on), ranks, join=False)
+    run = torch.multiprocessing.start_processes(index_rank, (paths, queue, go_on), ranks, join=False)
     total = sum(queue.get(timeout=300) for _ in range(ranks))
     go_on.set()
     run.join()
