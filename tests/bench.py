@@ -7,6 +7,7 @@
     python tests/bench.py ranks IMAGES           # bytes sent for Shuffle-BN; two processes against one
     python tests/bench.py precision IMAGES       # the loss of bf16 beside that of fp32
     python tests/bench.py long IMAGES            # 20,000 steps of a tiny net: memory and files of each process
+    python tests/bench.py kills IMAGES           # the same command again and again, killed at random times
 
 On a GPU the paper's recipe, on the CPU a ResNet-18 at 128 px; what follows `--` goes to pretrain.py. No test
 asserts a time: machines differ and are shared. What is compared runs in turns, and the median ratio is printed.
@@ -21,6 +22,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -485,13 +487,16 @@ def precision(args):
 
 # ---- long --------------------------------------------------------------------------------------------------
 
+TINY = ("--arch c4 --resnet resnet18 --image-size 32 --batch-size 6 --bn-group 3 --queue-size 32 --lr .001 --workers 1 "
+        "--nprocs 1 --device cpu").split()
+
+
 def long(args):
     """20,000 steps through the whole program; every ten seconds memory and open files of each of its processes."""
     paths = images_of(args)
     epochs = -(-args.steps // (len(paths) // 6))
     with tempfile.TemporaryDirectory() as out:
-        command = (f"--arch c4 --resnet resnet18 --image-size 32 --batch-size 6 --bn-group 3 --queue-size 32 --lr .001 "
-                   f"--epochs {epochs} --save-steps 500 --keep 3 --log-every 100 --workers 1 --nprocs 1 --device cpu").split()
+        command = [*TINY, "--epochs", str(epochs), *"--save-steps 500 --keep 3 --log-every 100".split()]
         run = subprocess.Popen([sys.executable, pretrain.__file__, args.images, *command, "--out", out],
                                stdout=subprocess.DEVNULL)
         seen = []                                                           # (MB, open files) of main and worker
@@ -512,16 +517,55 @@ def long(args):
              "bytes of log a line": log_size / len(lines), "numbered checkpoints": kept}]
 
 
+def kills(args):
+    """The run killed at random times and started again by the same command, until it is done; and the run left alone."""
+    rng, killed, early, states = random.Random(args.seed), [], 0, []                    # early: no checkpoint yet
+    with tempfile.TemporaryDirectory() as folder:
+        names = os.path.join(folder, "images.txt")
+        with open(names, "w") as f:
+            paths = images_of(args)
+            f.write("\n".join(os.path.abspath(paths[i]) for i in range(60)))
+        for out, left_alone in ((f"{folder}/whole", True), (f"{folder}/killed", False)):
+            command = [sys.executable, pretrain.__file__, names, *TINY, "--epochs", "60", "--save-steps", "7", "--resume",
+                       "--out", out]
+            while True:
+                run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                try:
+                    run.wait(None if left_alone or len(killed) == 60 else rng.uniform(0.5, 12))
+                    break
+                except subprocess.TimeoutExpired:
+                    number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+                    os.killpg(run.pid, number)
+                    killed.append((number.name, run.wait()))
+                    early += not os.path.exists(os.path.join(out, "checkpoint.pth"))
+            states.append({**pretrain.read_file(os.path.join(out, "checkpoint.pth")), "args": None})
+    parts = ("step", "encoder_q", "encoder_k", "queue", "optimizer", "statistics")
+    return [{"row": "kills", "status": run.returncode, "steps": states[1]["step"], "kills": len(killed),
+             "before a checkpoint": early, "by signal": ", ".join(f"{name} {sum(n == name for n, _ in killed)}"
+                                                                  for name in ("SIGKILL", "SIGTERM", "SIGINT")),
+             "same bits": all(repr(flat(states[0][part])) == repr(flat(states[1][part])) for part in parts)}]
+
+
+def flat(x):
+    """Tensors in dicts and lists as bytes."""
+    if isinstance(x, dict):
+        return {name: flat(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [flat(value) for value in x]
+    return x.numpy().tobytes() if isinstance(x, torch.Tensor) else x
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", choices=["loader", "step", "train", "memory", "ranks", "precision", "long"])
+    add("command", choices=["loader", "step", "train", "memory", "ranks", "precision", "long", "kills"])
     add("images", nargs="?", help="a folder or list of JPEGs, of the size that ImageNet has them")
     add("--arch", choices=["c4", "fpn"], default="c4")
     add("--json", help="append the rows to this file")
     add("--rounds", type=int, default=5)
     add("--count", type=int, default=320, help="images a round (loader), groups (memory), a tenth of steps (train)")
     add("--steps", type=int, default=20_000, help="of long")
+    add("--seed", type=int, default=0, help="of kills")
     ours, theirs = sys.argv[1:], []
     if "--" in ours:
         ours, theirs = ours[:ours.index("--")], ours[ours.index("--") + 1:]

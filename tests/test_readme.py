@@ -1,9 +1,12 @@
 """What README.md promises: its commands parse, the files and flags that it names exist, defaults have sources."""
 import argparse
+import ast
 import importlib
 import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,8 @@ SCRIPTS = ("pretrain", "finetune_det", "probe_cls", "probe_loc")
 SOURCE = r"\[(paper|released code|MoCo v2|detectron2|NCCL|ours)\b"
 with open(os.path.join(HERE, "README.md")) as f:
     README = f.read()
+with open(os.path.join(HERE, "insloc.py")) as f:
+    METHOD = f.read()
 
 
 class Parser(Exception):
@@ -74,3 +79,100 @@ def test_line_counts_of_the_files_are_right():
     for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
         with open(os.path.join(HERE, name)) as f:
             assert abs(len(f.readlines()) - int(lines)) <= 10, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The audit table, the breakpoints, the pieces
+# ----------------------------------------------------------------------------------------------------------
+
+def defined(path):
+    """The names that a file defines: functions, classes, and methods as Class.method."""
+    with open(os.path.join(HERE, path)) as f:
+        tops = [node for node in ast.parse(f.read()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name for node in tops} | {f"{node.name}.{inner.name}" for node in tops for inner in node.body
+                                           if isinstance(inner, ast.FunctionDef)}
+
+
+def test_the_audit_table_names_what_exists_and_leaves_nothing_of_the_paper_out():
+    section = README.partition("## Check it against the paper")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    for _, what, here, tests in rows:
+        names = re.findall(r"`(\w+\.py):([\w.]+)`", here)
+        assert "not drawn" in here or names and "test_" in tests, what
+        for file, name in names + re.findall(r"`(\w+\.py):(\w+)`", tests):
+            folder = "tests" if file.startswith("test_") else ""
+            assert name in defined(os.path.join(folder, file)), f"{file}:{name}"
+    covered = set()
+    for kind, numbers in re.findall(r"(Eq\.|Fig\.|Tables?) (\d(?:[-\d]| to \d|, \d)*)", " ".join(row[0] for row in rows)):
+        ends = re.findall(r"\d", numbers)
+        span = range(int(ends[0]), int(ends[-1]) + 1) if re.search("-|to", numbers) else map(int, ends)
+        covered |= {(kind[:3].rstrip("."), number) for number in span}
+    assert covered >= {(kind, n) for kind, last in (("Eq", 6), ("Fig", 4), ("Tab", 5)) for n in range(1, last + 1)}
+
+
+def test_the_six_breakpoints_show_what_the_readme_says(tmp_path):
+    section = README.partition("## Six breakpoints")[2].partition("\n## ")[0]
+    command = re.search(r"^    python (-m pdb .*?toy/images)$", section, re.M | re.S)[1].replace("\\\n", " ")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if re.match(r"\| (\| )?`", line)]
+    stops, typed = [], []
+    for where, keys, _ in rows:
+        if where:
+            typed += ["c"] * bool(stops)
+            stops.append(where.strip("`"))
+        assert shlex.split(command).count(f"tbreak {stops[-1]}") == 1
+        typed += re.findall("`(.*?)`", keys)
+    assert len(stops) == 6
+    os.symlink(os.path.join(HERE, "insloc.py"), tmp_path / "insloc.py")
+    os.symlink(os.path.join(HERE, "pretrain.py"), tmp_path / "pretrain.py")
+    subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", "40", "--val", "1", "--det-train",
+                    "1", "--det-val", "1"], cwd=tmp_path, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, text=True, capture_output=True,
+                         input="\n".join([*typed, "q", ""]), env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert "***" not in run.stdout and "Error" not in run.stdout + run.stderr, run.stdout + run.stderr
+    at = 0
+    for where, _, see in rows:                              # each is seen, in this order
+        if where:
+            at = run.stdout.index(f"{where.strip('`').rpartition('.')[2]}()", at)
+        for fragment in re.findall("`(.*?)`", see):
+            assert fragment in run.stdout[at:], (fragment, run.stdout[at:])
+            at = run.stdout.index(fragment, at)
+    with open(tmp_path / "composite.png", "rb") as f:
+        assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def piece(names):
+    """insloc.py cut down to its imports, `names`, and what those need."""
+    body = ast.parse(METHOD).body
+    tops = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    wanted, queue = set(), list(names)
+    while queue:
+        name = queue.pop()
+        if name not in wanted:
+            wanted.add(name)
+            needs = (ast.get_docstring(tops[name]) or "").partition("needs:")[2]
+            queue += [other for other in re.findall(r"\w+", needs) if other in tops]
+    kept = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "") in wanted]
+    return "\n\n".join(ast.get_source_segment(METHOD, node) if not getattr(node, "decorator_list", None) else
+                       "\n".join(METHOD.splitlines()[node.decorator_list[0].lineno - 1:node.end_lineno]) for node in kept)
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_there_are_five_pieces():
+    assert len(SNIPPETS) == 5
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["encoder", "jitter", "photometric", "queue", "loader"])
+def test_pieces_run_beside_their_source_alone(snippet, tmp_path):
+    names = re.search(r"^from insloc import ([\w, ]+)", snippet, re.M)[1].replace(",", " ").split()
+    source = piece(names)
+    assert len(source) < len(METHOD) / 2
+    (tmp_path / "insloc.py").write_text(source)
+    (tmp_path / "program.py").write_text(snippet)
+    if "toy/" in snippet:
+        subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", "32", "--val", "1",
+                        "--det-train", "1", "--det-val", "1"], cwd=tmp_path, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr
