@@ -4,7 +4,10 @@
 
 OUT/step.png    one instance through a step, Fig. 2 of the paper with the names of insloc.py
 OUT/groups.png  two ranks of two groups: the keys that Shuffle-BN gives to each
+OUT/results/ladder.png  curves of the runs in OUT/results, if there are any
 """
+import glob
+import json
 import os
 import sys
 
@@ -141,8 +144,24 @@ def draw_groups(out, seed=0, step=0, size=4):
     figure.savefig(os.path.join(out, "groups.png"))
 
 
+def draw_ladder(folder):
+    """loss and acc_batch of every FOLDER/RUN/log.jsonl."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for path in sorted(glob.glob(os.path.join(folder, "*_s*", "log.jsonl"))):
+        with open(path) as f:
+            lines = [line for line in map(json.loads, f) if "loss" in line]
+        for one, name in zip(axes, ("loss", "acc_batch")):
+            one.plot([line["step"] for line in lines], [line[name] for line in lines],
+                     label=os.path.basename(os.path.dirname(path)), linewidth=1.2)
+            one.set(xlabel="step", title=name)
+    axes[0].legend()
+    figure.savefig(os.path.join(folder, "ladder.png"), dpi=100)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not os.path.isdir(sys.argv[1]) or not os.path.isdir(sys.argv[2]):
         sys.exit(f"usage: {sys.argv[0]} IMAGES OUT, both folders")
     draw_step(*sys.argv[1:])
     draw_groups(sys.argv[2])
+    if glob.glob(os.path.join(sys.argv[2], "results", "*_s*")):
+        draw_ladder(os.path.join(sys.argv[2], "results"))
