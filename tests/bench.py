@@ -260,7 +260,8 @@ def step(args):
     began = parts.pop("step")
     whole = (began[-1] - began[0]) / (len(began) - 1)
     shares = {f"share of {name}": sum(values) / args.rounds / whole for name, values in parts.items()}
-    return [{"row": f"step {args.arch}", "settings": " ".join(settings_of(args)), "ms_step": statistics.median(steps[2:]) * 1e3,
+    return [{"row": f"step {args.arch}", "settings": " ".join(settings_of(args)),
+             "ms_step": statistics.median(steps[2:]) * 1e3,
              "ms_bare": statistics.median(bares[2:]) * 1e3, "step / bare": ratio(steps[2:], bares[2:]), **shares}]
 
 
@@ -383,7 +384,8 @@ def index_memory(paths, ranks=8):
 def memory(args):
     rows = []
     for arch in ("c4", "fpn"):
-        args.arch, row = arch, {"row": f"memory {arch}", "GB batch 256": "not run: no GPU", "GB batch 512": "not run: no GPU"}
+        args.arch, row = arch, {"row": f"memory {arch}", "GB batch 256": "not run: no GPU",
+                                   "GB batch 512": "not run: no GPU"}
         for batch in (256, 512) if CUDA else ():
             settings = pretrain.get_args(["none", *settings_of(args), "--batch-size", str(batch)])
             torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
@@ -399,7 +401,8 @@ def memory(args):
         next(loader)
         with open(f"/proc/{pid}/status") as f:
             megabytes.append(next(int(line.split()[1]) / 1e3 for line in f if line.startswith("RssAnon")))
-    rows.append({"row": "memory worker", "groups of 32": len(megabytes), "MB after a tenth": megabytes[len(megabytes) // 10],
+    rows.append({"row": "memory worker", "groups of 32": len(megabytes),
+                 "MB after a tenth": megabytes[len(megabytes) // 10],
                  "MB at the end": megabytes[-1], "MB at most": max(megabytes)})
 
     with tempfile.TemporaryDirectory() as folder:
@@ -479,7 +482,8 @@ def precision(args):
     paths = images_of(args)
     size = pretrain.get_args(["none", *settings_of(args)]).batch_size
     more = ["--epochs", str(-(-200 // (len(paths) // size))), "--log-every", "20"]
-    half, full = ([line["loss"] for line in run_program(args, *more, "--precision", name)][:10] for name in ("bf16", "fp32"))
+    half, full = ([line["loss"] for line in run_program(args, *more, "--precision", name)][:10]
+                  for name in ("bf16", "fp32"))
     return [{"row": f"precision {args.arch}", "settings": " ".join(settings_of(args, *more)),
              "bf16, means of 20 steps": [round(x, 4) for x in half], "fp32, the same": [round(x, 4) for x in full],
              "largest difference, %": max(abs(a / b - 1) for a, b in zip(half, full)) * 100}]
@@ -487,6 +491,24 @@ def precision(args):
 
 # ---- long --------------------------------------------------------------------------------------------------
 
+class Tiny(torchvision.models.ResNet):
+    """A ResNet-18 of one block a stage and an eighth of the width: 20,000 steps in minutes."""
+
+    def __init__(self, weights=None):
+        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+        self.fc = torch.nn.Linear(64, 1)
+
+    def _make_layer(self, block, planes, *rest, **options):
+        return super()._make_layer(block, planes // 8, *rest, **options)
+
+
+def launch_tiny():
+    torchvision.models.resnet18 = Tiny
+    pretrain.launch()
+
+
+PROGRAM = [sys.executable, "-c", f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); "
+           "import bench; bench.launch_tiny()"]
 TINY = ("--arch c4 --resnet resnet18 --image-size 32 --batch-size 6 --bn-group 3 --queue-size 32 --lr .001 --workers 1 "
         "--nprocs 1 --device cpu").split()
 
@@ -496,8 +518,8 @@ def long(args):
     paths = images_of(args)
     epochs = -(-args.steps // (len(paths) // 6))
     with tempfile.TemporaryDirectory() as out:
-        command = [*TINY, "--epochs", str(epochs), *"--save-steps 500 --keep 3 --log-every 100".split()]
-        run = subprocess.Popen([sys.executable, pretrain.__file__, args.images, *command, "--out", out],
+        command = [*PROGRAM, *TINY, "--epochs", str(epochs), *"--save-steps 500 --keep 3 --log-every 100".split()]
+        run = subprocess.Popen([*command, "--out", out, args.images],
                                stdout=subprocess.DEVNULL)
         seen = []                                                           # (MB, open files) of main and worker
         while run.poll() is None:
@@ -513,12 +535,13 @@ def long(args):
     tenth, last = seen[len(seen) // 10], seen[-2]
     return [{"row": "long", "status": run.returncode, "steps": lines[-1]["step"], "minutes": len(seen) / 6,
              **{f"{who}, {what}, {when}": sample[i][j] for i, who in enumerate(("main", "worker"))
-                for j, what in enumerate(("MB", "open files")) for when, sample in (("after a tenth", tenth), ("at the end", last))},
+                for j, what in enumerate(("MB", "open files"))
+                for when, sample in (("after a tenth", tenth), ("at the end", last))},
              "bytes of log a line": log_size / len(lines), "numbered checkpoints": kept}]
 
 
 def kills(args):
-    """The run killed at random times and started again by the same command, until it is done; and the run left alone."""
+    """The run killed at random times, started again by the same command until it is done; and the run left alone."""
     rng, killed, early, states = random.Random(args.seed), [], 0, []                    # early: no checkpoint yet
     with tempfile.TemporaryDirectory() as folder:
         names = os.path.join(folder, "images.txt")
@@ -526,12 +549,13 @@ def kills(args):
             paths = images_of(args)
             f.write("\n".join(os.path.abspath(paths[i]) for i in range(60)))
         for out, left_alone in ((f"{folder}/whole", True), (f"{folder}/killed", False)):
-            command = [sys.executable, pretrain.__file__, names, *TINY, "--epochs", "60", "--save-steps", "7", "--resume",
+            command = [*PROGRAM, names, *TINY, "--epochs", "100", "--save-steps", "7", "--resume",
                        "--out", out]
             while True:
-                run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       start_new_session=True)
                 try:
-                    run.wait(None if left_alone or len(killed) == 60 else rng.uniform(0.5, 12))
+                    run.wait(None if left_alone or len(killed) == 60 else rng.uniform(0.5, 15))
                     break
                 except subprocess.TimeoutExpired:
                     number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))

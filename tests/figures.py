@@ -102,8 +102,8 @@ def draw_step(data, out):
         arrow(axes, (7.45, y), (8.1, y))
         block(axes, 9.0, y, f"encoder_{letter}\nres4, roi_pool,\nres5, mean, MLP", w=1.75, h=0.85)
         arrow(axes, (9.9, y), (10.75, y), f"{letter} (N,1,128)")
-    axes.text(6.75, 2.45, "jitter_boxes: pool an anchor (thick blue);\nof a key the true box (red)", ha="center", va="top",
-              fontsize=7.5, color=BLUE, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.text(6.75, 2.45, "jitter_boxes: pool an anchor (thick blue);\nof a key the true box (red)", ha="center",
+              va="top", fontsize=7.5, color=BLUE, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     arrow(axes, (8.6, 1.95), (8.6, 3.55), linestyle="dashed")
     axes.text(8.65, 2.75, "momentum_update", fontsize=7.5, family="monospace", color=GREY, va="center")
     block(axes, 11.75, 1.5, "info_nce\n(loss, Eq. 2)", w=1.7, h=0.85, color="#ffe9d6")
@@ -135,7 +135,8 @@ def draw_groups(out, seed=0, step=0, size=4):
                           ha="center", fontsize=9)
         axes.text(1.55, y + 0.21, ("queries\nq0 ... q15", "keys\nas encoded")[row], ha="right", va="center", fontsize=9)
     for origin in range(4 * size):
-        axes.plot([place[0, origin], place[1, origin]], [1.4, 2.42], color=GROUPS[origin // size], linewidth=0.8, zorder=1)
+        axes.plot([place[0, origin], place[1, origin]], [1.4, 2.42], color=GROUPS[origin // size], linewidth=0.8,
+                  zorder=1)
     axes.text(5.6, 0.18, "A frame is a BatchNorm group: its images share mean and variance. "
               "A number is an instance; its colour, its query's group.", ha="center", fontsize=9)
     axes.text(5.6, 3.2, "shuffle: key images, boxes and parameters travel as bytes, each to one rank (all-to-all); "

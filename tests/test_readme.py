@@ -103,17 +103,24 @@ def test_the_audit_table_names_what_exists_and_leaves_nothing_of_the_paper_out()
             folder = "tests" if file.startswith("test_") else ""
             assert name in defined(os.path.join(folder, file)), f"{file}:{name}"
     covered = set()
-    for kind, numbers in re.findall(r"(Eq\.|Fig\.|Tables?) (\d(?:[-\d]| to \d|, \d)*)", " ".join(row[0] for row in rows)):
+    items = " ".join(row[0] for row in rows)
+    for kind, numbers in re.findall(r"(Eq\.|Fig\.|Tables?) (\d(?:[-\d]| to \d|, \d)*)", items):
         ends = re.findall(r"\d", numbers)
         span = range(int(ends[0]), int(ends[-1]) + 1) if re.search("-|to", numbers) else map(int, ends)
         covered |= {(kind[:3].rstrip("."), number) for number in span}
     assert covered >= {(kind, n) for kind, last in (("Eq", 6), ("Fig", 4), ("Tab", 5)) for n in range(1, last + 1)}
 
 
+def write_toy(folder, count):
+    subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", str(count), "--val", "1",
+                    "--det-train", "1", "--det-val", "1"], cwd=folder, check=True, capture_output=True)
+
+
 def test_the_six_breakpoints_show_what_the_readme_says(tmp_path):
     section = README.partition("## Six breakpoints")[2].partition("\n## ")[0]
     command = re.search(r"^    python (-m pdb .*?toy/images)$", section, re.M | re.S)[1].replace("\\\n", " ")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if re.match(r"\| (\| )?`", line)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()
+            if re.match(r"\| (\| )?`", line)]
     stops, typed = [], []
     for where, keys, _ in rows:
         if where:
@@ -124,8 +131,7 @@ def test_the_six_breakpoints_show_what_the_readme_says(tmp_path):
     assert len(stops) == 6
     os.symlink(os.path.join(HERE, "insloc.py"), tmp_path / "insloc.py")
     os.symlink(os.path.join(HERE, "pretrain.py"), tmp_path / "pretrain.py")
-    subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", "40", "--val", "1", "--det-train",
-                    "1", "--det-val", "1"], cwd=tmp_path, check=True, capture_output=True)
+    write_toy(tmp_path, 40)
     run = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, text=True, capture_output=True,
                          input="\n".join([*typed, "q", ""]), env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert "***" not in run.stdout and "Error" not in run.stdout + run.stderr, run.stdout + run.stderr
@@ -151,9 +157,12 @@ def piece(names):
             wanted.add(name)
             needs = (ast.get_docstring(tops[name]) or "").partition("needs:")[2]
             queue += [other for other in re.findall(r"\w+", needs) if other in tops]
-    kept = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "") in wanted]
-    return "\n\n".join(ast.get_source_segment(METHOD, node) if not getattr(node, "decorator_list", None) else
-                       "\n".join(METHOD.splitlines()[node.decorator_list[0].lineno - 1:node.end_lineno]) for node in kept)
+    text, lines = "", METHOD.splitlines(keepends=True)
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "") in wanted:
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            text += "".join(lines[first - 1:node.end_lineno]) + "\n"
+    return text
 
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -171,8 +180,7 @@ def test_pieces_run_beside_their_source_alone(snippet, tmp_path):
     (tmp_path / "insloc.py").write_text(source)
     (tmp_path / "program.py").write_text(snippet)
     if "toy/" in snippet:
-        subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", "32", "--val", "1",
-                        "--det-train", "1", "--det-val", "1"], cwd=tmp_path, check=True, capture_output=True)
+        write_toy(tmp_path, 32)
     run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, text=True, capture_output=True, timeout=300,
                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr
