@@ -2,6 +2,7 @@
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -184,3 +185,27 @@ def test_pieces_run_beside_their_source_alone(snippet, tmp_path):
     run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, text=True, capture_output=True, timeout=300,
                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr
+
+
+def test_the_studys_table_is_what_its_files_say():
+    """docs/results/README.md against the results.json and log.jsonl beside it."""
+    folder = os.path.join(HERE, "docs", "results")
+    with open(os.path.join(folder, "README.md")) as f:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
+    rows = {row[0].strip("`").partition(" (")[0].partition(",")[0]: row[1:6] for row in rows if len(row) == 7}
+    runs = ("random", "moco_s0", "ra_s0", "cp_s0", "insloc_s0")
+
+    def read(run, name):
+        with open(os.path.join(folder, run, name)) as f:
+            return json.loads(f.readlines()[-1]) if name == "log.jsonl" else json.load(f)
+
+    for column, run in enumerate(runs):
+        assert rows["20-NN"][column] == f"{read(run, 'knn.json')['top1']:.1f}"
+        assert rows["linear classification"][column] == f"{read(run, 'lin.json')['top1']:.1f}"
+        if run != "random":
+            assert rows["acc_batch at the end"][column] == f"{read(run, 'log.jsonl')['acc_batch']:.2f}".lstrip("0")
+        net = "random" if run == "random" else "given"
+        lines = {line["protocol"]: line["top1"] for line in
+                 read("insloc_s0" if run == "random" else run, "loc.json")["lines"] if line["net"] == net}
+        for name, label in (("full", "localization"), ("reflect",) * 2, ("placed",) * 2, ("alone",) * 2):
+            assert rows[label][column] == f"{lines[name]:.1f}", (run, name)
