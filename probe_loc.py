@@ -17,7 +17,7 @@ weights of the same network beside the given ones:
     alone    every cell cut out and seen by itself: content alone
 
 Under `full` zero padding tells the place: an untrained net beats the trained one with every readout that was
-tried, and scores 99 with most. The README has the table. Nearest to "a random net near chance, pre-trained
+tried, and scores 99 with most: docs/results has the table. Nearest to "a random net near chance, pre-trained
 ones above it" come `reflect` and `placed` with a weak readout, therefore the default: few epochs of plain SGD
 on the features as they are. Standardised ones and more epochs find what is left of the border and of the
 seams in a random net, and turn the order. Compare weights under one protocol and one readout only.
