@@ -513,6 +513,12 @@ TINY = ("--arch c4 --resnet resnet18 --image-size 32 --batch-size 6 --bn-group 3
         "--nprocs 1 --device cpu").split()
 
 
+def own_memory(pid):
+    """MB of a process that no file backs: of torch's libraries the share falls and rises with others that use them."""
+    with open(f"/proc/{pid}/status") as f:
+        return sum(int(line.split()[1]) for line in f if line.startswith(("RssAnon", "RssShmem"))) / 1000
+
+
 def long(args):
     """20,000 steps through the whole program; every ten seconds memory and open files of each of its processes."""
     paths = images_of(args)
@@ -527,7 +533,7 @@ def long(args):
             with contextlib.suppress(OSError):
                 with open(f"/proc/{run.pid}/task/{run.pid}/children") as f:
                     pids = [run.pid, *map(int, f.read().split())]
-                seen.append([(proportional(pid), len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids])
+                seen.append([(own_memory(pid), len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids])
         with open(os.path.join(out, "log.jsonl")) as f:
             lines = [line for line in map(json.loads, f) if "loss" in line]
         kept, log_size = len(glob.glob(os.path.join(out, "checkpoint_0*"))), os.path.getsize(f.name)
