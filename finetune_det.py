@@ -415,7 +415,7 @@ def load_weights(model, weights, arch, blobs=None):
         DetectionCheckpointer(model)._load_model(
             {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True})
         state = {name: x for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-        need = {name for name in own if name.endswith("weight") and ".norm" not in name}
+        need = {name for name in own if name.endswith(("weight", "bias"))}      # Caffe2's norms are affine alone
     else:
         state, need = to_detectron2(weights, arch), set(own)
         wrong = [name for name, x in state.items() if name not in own or own[name].shape != x.shape]
@@ -447,9 +447,13 @@ def export(args):
                      "__author__": f"InsLoc's finetune_det.py, from {weights.source}"}, f)
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.BACKBONE.FREEZE_AT",
             *(f"MODEL.RESNETS.{x}" for x in ("DEPTH", "RES2_OUT_CHANNELS", "STRIDE_IN_1X1", "NORM")))
+    if arch == "fpn":
+        keys += ("MODEL.FPN.NORM", *(f"MODEL.ROI_BOX_HEAD.{x}" for x in ("NAME", "NUM_CONV", "NUM_FC", "NORM")))
     values = {key: str(x).replace(" ", "") for key, x in flat(cfg).items()}     # a word each for the shell
+    values["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCHead"                    # the extra norm is ours alone
     print(f"{args.export}: R{cfg.MODEL.RESNETS.DEPTH}-{arch.upper()} from {weights.source}; use it with "
-          f"MODEL.WEIGHTS {args.export} " + " ".join(f"{key} {values[key]}" for key in keys))
+          f"detectron2's Base-RCNN-{'C4' if arch == 'c4' else 'FPN'}.yaml and MODEL.WEIGHTS {args.export} "
+          + " ".join(f"{key} {values[key]}" for key in keys))
 
 
 # ---- Pictures and numbers

@@ -512,6 +512,7 @@ class C4Encoder(nn.Module):
         self.resnet = getattr(torchvision.models, resnet)(weights=None)
         width = self.resnet.fc.in_features
         self.resnet.fc = nn.Identity()
+        self.dim = dim
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def res4(self, images):
@@ -558,6 +559,7 @@ class FPNEncoder(nn.Module):
         nn.init.kaiming_uniform_(head["fc1"].weight, a=1)                                     # c2_xavier_fill
         nn.init.zeros_(head["fc1"].bias)
         self.box_head = nn.Sequential(head)
+        self.dim = dim
         self.projector = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(inplace=True), nn.Linear(1024, dim))
 
     def pyramid(self, images):

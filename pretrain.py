@@ -288,7 +288,8 @@ def all_gather(rows, world):
 
 def all_finite(tensors):
     """A bool on their device, so that nobody waits; the largest magnitude of each shows inf and nan."""
-    return torch.stack(torch._foreach_norm([x.detach() for x in tensors], ord=math.inf)).isfinite().all()
+    tensors = [x.detach() for x in tensors if x is not None and x.numel()]      # frozen: no gradient
+    return torch.stack(torch._foreach_norm(tensors, ord=math.inf)).isfinite().all()
 
 
 def save_composites(args, paths, count):
@@ -322,7 +323,7 @@ def save_composites(args, paths, count):
 
 
 def save_curves(args, chance):
-    """loss.png from log.jsonl: the loss and the two accuracies, each with its chance level."""
+    """loss.png from log.jsonl: the loss and the two accuracies, each with its chance level (dotted)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -331,7 +332,8 @@ def save_curves(args, chance):
     for axes, name in ((left, "loss"), (right, "acc_queue"), (right, "acc_batch")):
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     left.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.2f}")
-    right.axhline(1 / args.batch_size, color="grey", linestyle=":", label="chance in the batch")
+    for label, count, color in (("queue", 1 + args.queue_size, "C0"), ("batch", args.batch_size, "C1")):
+        right.axhline(1 / count, color=color, linestyle=":", label=f"chance in the {label}: 1 / {count}")
     left.set_xlabel("step"), right.set(xlabel="step", ylim=(0, 1)), left.legend(), right.legend()
     figure.savefig(os.path.join(args.out, "loss.png"), dpi=120)
     pyplot.close(figure)
@@ -492,7 +494,7 @@ def main(rank, args, paths, rendezvous="env://"):
     with_neck = args.arch == "fpn" and args.method != "moco"            # MoCo v2 trains neither neck nor head
     encoder_q = (FPNEncoder if with_neck else C4Encoder)(args.resnet)
     levels = encoder_q.levels
-    queue = KeyQueue(args.queue_size, levels=len(levels), generator=generator_for(args.seed, "queue"))
+    queue = KeyQueue(args.queue_size, encoder_q.dim, len(levels), generator_for(args.seed, "queue"))
     if weights:
         encoder_q.resnet.load_state_dict(weights.backbone)
         encoder_q.load_state_dict(weights.extras if with_neck else {}, strict=False)
@@ -640,7 +642,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                 beats_batch = torch.einsum("nld,bld->nlb", q, k).argmax(dim=2) == own[:, None]
                 accuracies = [beats.to(dtype).mean() for beats in (beats_queue, beats_batch)]
                 totals += torch.stack([*loss, *accuracies]) / mine
-        finite = [totals.isfinite().all(), all_finite([p.grad for p in encoder_q.parameters()])]
+        finite = [totals.isfinite().all(), all_finite(p.grad for p in encoder_q.parameters())]
         optimizer.step()
         finite = torch.stack([*finite, all_finite(list(encoder_q.parameters()))])       # on the device, too
         bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step + 1))
@@ -691,7 +693,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             logged_step, logged_at, waited = step, now, 0.0
 
         if save_now:
-            own = torch.cat([b.flatten() for b in statistics])
+            own = torch.cat([torch.zeros(0, device=device, dtype=dtype), *(b.flatten() for b in statistics)])
             everyone = all_gather(own[None], world)                                  # (ranks, statistics)
             if not all_finite([*encoder_k.parameters(), everyone, queue.keys]):
                 leave(f"pretrain.py: error: after step {step} keys or statistics are not finite; {args.out} "

@@ -25,7 +25,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from insloc import (C4Encoder, FPNEncoder, KeyQueue, MakeGroup, PathList, Views, generator_for, grid_anchors,
-                    photometric, read_weights)
+                    photometric, read_weights, roi_pool)
 
 SCRIPT = pretrain.__file__
 SMALL = ("--resnet resnet18 --image-size 64 --batch-size 12 --bn-group 3 --lr 0.02 --queue-size 20 --ema 0.9 "
@@ -201,7 +201,8 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
 
 
 @pytest.mark.parametrize("arch, method, more", [
-    ("c4", "insloc", []), ("c4", "moco", []), ("c4", "cp", ["--aug-on", "composite"]), ("fpn", "insloc", [])])
+    ("c4", "insloc", []), ("c4", "moco", []), ("c4", "cp", ["--aug-on", "composite"]), ("c4", "ra", []),
+    ("fpn", "insloc", []), ("fpn", "cp", []), ("fpn", "ra", [])])
 def test_steps_are_those_of_the_textbook_loop(here, monkeypatch, photos, tmp_path, arch, method, more):
     options = ["--arch", arch, "--method", method, *SMALL, "--precision", "fp64", "--epochs", 3, *more]
     enqueued = []
@@ -454,6 +455,48 @@ def test_bf16_follows_fp32(here, photos, tmp_path):
     full, half = ([line["loss"] for line in lines(tmp_path / precision)] for precision in ("fp32", "bf16"))
     assert half != full and half == pytest.approx(full, rel=0.05)
     assert all(x.dtype != torch.bfloat16 for x in tensors(state_of(tmp_path / "bf16")).values())
+
+
+def test_defaults_are_the_papers():
+    """Sec. 5, without a GPU's help: 8 x 32 images, SGD from .03, K = 65,536, .999, T = .2, 200 epochs."""
+    args = pretrain.get_args(["--arch", "fpn", "--nprocs", "1", "x"])
+    assert (args.resnet, args.batch_size, args.bn_group, args.lr) == ("resnet50", 256, 32, 0.03)
+    assert (args.weight_decay, args.queue_size, args.ema, args.temperature) == (1e-4, 65536, 0.999, 0.2)
+    assert (args.epochs, args.method, args.image_size, args.fg_size) == (200, "insloc", 256, [128, 256])
+    assert not args.nesterov and not args.keep_aspect and args.aug_on == "foreground"
+
+
+class Own(torch.nn.Module):
+    """A backbone of a reader's: no BatchNorm, another width, a frozen parameter, one that nothing uses."""
+    levels, dim = ("own",), 24
+
+    def __init__(self, _):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.frozen = torch.nn.Parameter(torch.ones(16, 1, 1), requires_grad=False)
+        self.unused = torch.nn.Parameter(torch.ones(3))
+        self.out = torch.nn.Linear(16, 24)
+
+    def forward(self, images, boxes):
+        x = roi_pool(self.conv(images).relu() * self.frozen, boxes, size=3, scale=1 / 2).mean(dim=(2, 3))
+        return F.normalize(self.out(x), dim=1)[:, None]
+
+
+def test_a_backbone_of_ones_own_trains_and_resumes(here, monkeypatch, photos, tmp_path):
+    monkeypatch.setattr(pretrain, "C4Encoder", Own)
+    options = ["--arch", "c4", *SMALL, "--precision", "fp32", "--save-steps", 3, "--epochs", 2]
+    assert here(*options, "--out", tmp_path / "whole", photos)[0] == 0
+    save = pretrain.save
+    with monkeypatch.context() as patch:                # stopped after its first checkpoint
+        patch.setattr(pretrain, "save", lambda *given: (save(*given), os.kill(os.getpid(), signal.SIGTERM)))
+        assert here(*options, "--out", tmp_path / "halves", photos)[0] == 143
+    assert here(*options, "--resume", "--out", tmp_path / "halves", photos)[0] == 0
+    whole, halves = state_of(tmp_path / "whole"), state_of(tmp_path / "halves")
+    query, key = whole["encoder_q"], whole["encoder_k"]
+    assert whole["queue"]["keys"].shape == (1, 24, 20) and whole["step"] == halves["step"] == 6
+    assert query["frozen"].eq(1).all() and not query["out.weight"].equal(key["out.weight"])
+    assert all(x.equal(halves[part][name]) for part in ("encoder_q", "encoder_k", "queue")
+               for name, x in whole[part].items())
 
 
 @pytest.mark.parametrize("method", ["ra", "cp"])
