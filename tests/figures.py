@@ -139,9 +139,9 @@ def draw_groups(out, seed=0, step=0, size=4):
                   zorder=1)
     axes.text(5.6, 0.18, "A frame is a BatchNorm group: its images share mean and variance. "
               "A number is an instance; its colour, its query's group.", ha="center", fontsize=9)
-    axes.text(5.6, 3.2, "shuffle: key images, boxes and parameters travel as bytes, each to one rank (all-to-all); "
-              "the embeddings return\n(all-gather, argsort of the permutation) to the order of the queries, and so "
-              "into the loss and every rank's queue.", ha="center", va="center", fontsize=9)
+    axes.text(5.6, 3.2, "shuffle: key images travel as bytes, their boxes and parameters beside them, each to one rank "
+              "(all-to-all); the embeddings\nreturn to all ranks (all-gather, argsort of the permutation), in the "
+              "queries' order: into the loss, and into equal queues.", ha="center", va="center", fontsize=9)
     figure.savefig(os.path.join(out, "groups.png"))
 
 

@@ -449,6 +449,13 @@ def test_bad_arguments_end_in_one_line(script, argv, capsys):
     assert ending.value.code == 2 and argv[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_defaults_are_mocos():
+    """MoCo's linear protocol: 100 epochs of 256, rate 30, a tenth of it at 60 and at 80."""
+    args = probe_cls.get_args(["w", "d"])
+    assert (args.epochs, args.batch_size, args.lr, args.milestones) == (100, 256, 30.0, [60, 80])
+    assert (args.image_size, args.resnet, args.precision) == (224, "resnet50", "fp32")
+
+
 @pytest.mark.parametrize("script", [probe_cls, probe_loc])
 def test_every_default_says_where_it_comes_from(script, monkeypatch):
     parsers, parse = [], argparse.ArgumentParser.parse_args
