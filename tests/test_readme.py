@@ -192,20 +192,25 @@ def test_the_studys_table_is_what_its_files_say():
     folder = os.path.join(HERE, "docs", "results")
     with open(os.path.join(folder, "README.md")) as f:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
-    rows = {row[0].strip("`").partition(" (")[0].partition(",")[0]: row[1:6] for row in rows if len(row) == 7}
-    runs = ("random", "moco_s0", "ra_s0", "cp_s0", "insloc_s0")
+    rows = {row[0].partition(",")[0].partition("` (")[0].strip("`"): row[1:6] for row in rows if len(row) == 7}
+    columns = (("random",), ("moco_s0", "moco_s1"), ("ra_s0",), ("cp_s0",), ("insloc_s0", "insloc_s1"))
 
     def read(run, name):
         with open(os.path.join(folder, run, name)) as f:
-            return json.loads(f.readlines()[-1]) if name == "log.jsonl" else json.load(f)
+            return [json.loads(line) for line in f] if name == "log.jsonl" else json.load(f)
 
-    for column, run in enumerate(runs):
-        assert rows["20-NN"][column] == f"{read(run, 'knn.json')['top1']:.1f}"
-        assert rows["linear classification"][column] == f"{read(run, 'lin.json')['top1']:.1f}"
-        if run != "random":
-            assert rows["acc_batch at the end"][column] == f"{read(run, 'log.jsonl')['acc_batch']:.2f}".lstrip("0")
-        net = "random" if run == "random" else "given"
-        lines = {line["protocol"]: line["top1"] for line in
-                 read("insloc_s0" if run == "random" else run, "loc.json")["lines"] if line["net"] == net}
-        for name, label in (("full", "localization"), ("reflect",) * 2, ("placed",) * 2, ("alone",) * 2):
-            assert rows[label][column] == f"{lines[name]:.1f}", (run, name)
+    def place(run, protocol):
+        lines = read("insloc_s0" if run == "random" else run, "loc.json")["lines"]
+        return next(line["top1"] for line in lines if line["protocol"] == protocol
+                    and line["net"] == ("random" if run == "random" else "given"))
+
+    for column, runs in enumerate(columns):
+        if runs != ("random",):
+            last = [sum(line["acc_batch"] for line in read(run, "log.jsonl")[-10:]) / 10 for run in runs]
+            assert rows["acc_batch"][column] == ", ".join(f"{value:.2f}".lstrip("0") for value in last)
+        for label, values in [("20-NN", [read(run, "knn.json")["top1"] for run in runs]),
+                              ("linear classification", [read(run, "lin.json")["top1"] for run in runs]),
+                              *((label, [place(run, protocol) for run in runs]) for label, protocol in
+                                (("localization", "full"), *((name, name) for name in
+                                                             ("gray", "reflect", "placed", "alone"))))]:
+            assert rows[label][column].rstrip("*") == ", ".join(f"{value:.1f}" for value in values), (runs, label)
