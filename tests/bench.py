@@ -17,6 +17,7 @@ import contextlib
 import copy
 import glob
 import io
+import itertools
 import json
 import os
 import platform
@@ -133,16 +134,20 @@ def loader(args):
             with PIL.Image.open(io.BytesIO(data)) as image:
                 image.convert("RGB")
 
-    def worker():
-        """CPU time of a loader worker from its fork to its end, hand-over to the parent included."""
+    def process(count):
+        """CPU seconds of a loader worker of `count` groups from its fork to its end, hand-over to the parent included."""
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        count = 4 * args.count                          # so that the start of the process counts for little
-        keys = list(batches(len(paths), 32, 32, -(-count // (len(paths) // 32 * 32))))[:count // 32]
-        for group in torch.utils.data.DataLoader(Views(paths), batch_sampler=keys, collate_fn=MakeGroup(),
+        keys = itertools.islice(batches(len(paths), 32, 32, count), count)
+        for group in torch.utils.data.DataLoader(Views(paths), batch_sampler=list(keys), collate_fn=MakeGroup(),
                                                  num_workers=1):
             del group
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return (after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime) / (len(keys) * 32) * 1e3
+        return after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+
+    def worker():
+        """An image's share; start and end of the process, which a run pays once, fall out of the difference."""
+        count = -(-args.count // 8)                     # groups: four times as many images as the others have
+        return (process(1 + count) - process(1)) / (32 * count) * 1e3
 
     times = in_turns(
         args.rounds, worker=worker,
