@@ -41,7 +41,7 @@ from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, Make
                     Views, batches, generator_for, grid_anchors, info_nce, momentum_update, photometric,
                     read_file, read_weights)
 
-TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+TORCHRUN = "RANK" in os.environ
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 # What may change from a run to its continuation, since it changes nothing of what is computed.
 FREE = {"data", "out", "resume", "nprocs", "workers", "device", "log_every", "save_steps", "keep", "preview",
@@ -137,6 +137,8 @@ def get_args(argv=None):
              f"--batch-size {2 * args.bn_group}, or a smaller --bn-group, or insist with --allow-one-group")
     args.nprocs = args.nprocs or (gpus if args.device == "cuda" else 1)
     if TORCHRUN:
+        if not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            fail("RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start by torchrun, or unset RANK")
         args.nprocs = int(os.environ["WORLD_SIZE"])
     if groups % args.nprocs:
         fits = max(n for n in range(1, min(groups, args.nprocs) + 1) if groups % n == 0)
@@ -733,6 +735,9 @@ def run(rank, args, *found):
         sys.exit(f"pretrain.py: error: {error}; --resume goes on from the last checkpoint")
     except RuntimeError as error:                           # gloo has no exception of its own
         reason = (str(error).splitlines() or [""])[0]
+        if re.search("out of memory|can't allocate memory", reason):
+            sys.exit("pretrain.py: error: out of memory: take a smaller --bn-group (--batch-size may stay), --image-size, "
+                     f"--queue-size or --resnet ({reason[:90]})")
         if not isinstance(error, dist.DistError) and not re.search("gloo/|pair closure", reason):
             raise
         sys.exit(f"pretrain.py: error: process {rank} of {args.nprocs} waits for one that hangs or is gone ("

@@ -88,6 +88,8 @@ def check_machine(parser, args, kind):
     if gpus == 0:
         parser.error("--device cuda: torch sees no GPU; use --device cpu, or install a driver")
     if "RANK" in os.environ:
+        if not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            parser.error("RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start by torchrun, or unset it")
         args.nprocs, gpus = int(os.environ["WORLD_SIZE"]), None
     args.nprocs = (gpus or 1) if args.nprocs is None else args.nprocs
     if args.nprocs < 1 or gpus and args.nprocs > gpus:

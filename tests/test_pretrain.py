@@ -559,6 +559,7 @@ BAD = {
     "output that is a file": (["--out", SCRIPT, "DATA"], "--out"),
     "output inside a file": (["--out", SCRIPT + "/run", "DATA"], "--out"),
     "list that is a picture": (["DATA/000.jpg"], "listed files do not exist"),
+    "queue larger than the memory": (["--queue-size", 10 ** 14, "DATA"], "out of memory: take a smaller"),
 }
 
 
@@ -570,6 +571,12 @@ def test_wrong_input_ends_in_one_line(here, photos, tmp_path, case):
     last = err.strip().splitlines()[-1]
     assert status in (1, 2) and message in last and last.startswith("pretrain.py: error: ")
     assert not os.path.exists(tmp_path / "out" / "checkpoint.pth")
+
+
+def test_half_of_torchruns_variables_end_in_one_line(photos, tmp_path):
+    process = start("--arch", "c4", *SMALL, "--out", tmp_path, photos,
+                    env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"})
+    assert "start by torchrun, or unset RANK" in finish(process, 2)[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

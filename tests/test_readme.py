@@ -192,6 +192,7 @@ def test_the_studys_table_is_what_its_files_say():
     folder = os.path.join(HERE, "docs", "results")
     with open(os.path.join(folder, "README.md")) as f:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
+    small = {row[0].strip("`"): row[1:] for row in rows if len(row) in (3, 6)}      # detection, ablations
     rows = {row[0].partition(",")[0].partition("` (")[0].strip("`"): row[1:6] for row in rows if len(row) == 7}
     columns = (("random",), ("moco_s0", "moco_s1"), ("ra_s0",), ("cp_s0",), ("insloc_s0", "insloc_s1"))
 
@@ -214,3 +215,10 @@ def test_the_studys_table_is_what_its_files_say():
                                 (("localization", "full"), *((name, name) for name in
                                                              ("gray", "reflect", "placed", "alone"))))]:
             assert rows[label][column].rstrip("*") == ", ".join(f"{value:.1f}" for value in values), (runs, label)
+    for run in os.listdir(os.path.join(folder, "abl")):
+        last = sum(line["acc_batch"] for line in read(f"abl/{run}", "log.jsonl")[-10:]) / 10
+        values = [read(f"abl/{run}", "knn.json")["top1"], *(place(f"abl/{run}", name) for name in ("reflect", "placed"))]
+        assert small[run][1:] == [f"{last:.2f}".lstrip("0"), *(f"{value:.1f}" for value in values)], run
+    for name in os.listdir(os.path.join(folder, "det")):
+        found = read("det", name)["mean"]
+        assert small[name.partition(".")[0]] == [f"{found[ap]:.1f}" for ap in ("AP50bb", "APbb")], name
