@@ -188,6 +188,8 @@ def find_images(args):
         lines = text.split(b"\0") if b"\0" in text else text.replace(b"\r\n", b"\n").split(b"\n")
         names = [name for name in lines if name]
         missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+        if len(set(names)) < len(names) and first:
+            print(f"WARNING: {data} names files more than once: their copies become each other's negatives")
     if args.resume and os.path.exists(kept) and holds_run(args, ("checkpoint.pth", "checkpoint_prev.pth")):
         with open(kept, "rb") as f:
             listed, names = names, f.read().split(b"\0")

@@ -653,7 +653,7 @@ def test_the_queue_warning_names_a_size_that_fits(here, photos, tmp_path):
     assert "WARNING: the queue" not in text
 
 
-def test_list_files(here, photos, tmp_path):
+def test_list_files(here, photos, tmp_path, capsys):
     names = sorted(os.listdir(photos))
     os.symlink(photos, tmp_path / "photos")
     wanted = [os.path.join(photos, name) for name in names]
@@ -664,6 +664,10 @@ def test_list_files(here, photos, tmp_path):
         args = pretrain.get_args(["--arch", "c4", *SMALL, str(tmp_path / name)])
         paths = pretrain.find_images(args)
         assert [os.path.realpath(paths[i]) for i in range(len(paths))] == list(map(os.path.realpath, wanted))
+    assert "more than once" not in capsys.readouterr().out
+    (tmp_path / "twice").write_text("".join(f"photos/{name}\n" for name in [*names, names[0]]))
+    assert len(pretrain.find_images(pretrain.get_args(["--arch", "c4", *SMALL, str(tmp_path / "twice")]))) == 41
+    assert "names files more than once" in capsys.readouterr().out
     (tmp_path / "broken").write_text("".join(f"photos/{name}\n" for name in names) + "photos/nothing.jpg\n")
     status, _, err = here("--arch", "c4", *SMALL, tmp_path / "broken")
     assert status == 1 and "1 of 41 listed files do not exist, the first is 'photos/nothing.jpg'" in err
