@@ -138,7 +138,8 @@ def get_args(argv=None):
     args.nprocs = args.nprocs or (gpus if args.device == "cuda" else 1)
     if TORCHRUN:
         if not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            fail("RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start by torchrun, or unset RANK")
+            fail("RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start by torchrun, or unset "
+                 "RANK")
         args.nprocs = int(os.environ["WORLD_SIZE"])
     if groups % args.nprocs:
         fits = max(n for n in range(1, min(groups, args.nprocs) + 1) if groups % n == 0)
@@ -738,8 +739,8 @@ def run(rank, args, *found):
     except RuntimeError as error:                           # gloo has no exception of its own
         reason = (str(error).splitlines() or [""])[0]
         if re.search("out of memory|can't allocate memory", reason):
-            sys.exit("pretrain.py: error: out of memory: take a smaller --bn-group (--batch-size may stay), --image-size, "
-                     f"--queue-size or --resnet ({reason[:90]})")
+            sys.exit("pretrain.py: error: out of memory: take a smaller --bn-group (--batch-size may stay), "
+                     f"--image-size, --queue-size or --resnet ({reason[:90]})")
         if not isinstance(error, dist.DistError) and not re.search("gloo/|pair closure", reason):
             raise
         sys.exit(f"pretrain.py: error: process {rank} of {args.nprocs} waits for one that hangs or is gone ("
