@@ -506,6 +506,13 @@ def test_rows_of_the_paper(protocol, method, rows):
         assert list(found.values()) == [{"AP": "45.1", "AP50": "77.4", "AP75": "46.5"}]
 
 
+def test_a_missing_table_of_the_paper_is_said_and_stops_nothing(tmp_path, monkeypatch):
+    """finetune_det.py copied away without docs/: hours of fine-tuning must not end in an error."""
+    monkeypatch.setattr(ft, "HERE", str(tmp_path))
+    (name, row), = ft.paper_rows("voc-c4", "InsLoc").items()
+    assert "paper_tables.csv is missing" in name and row == {}
+
+
 # ---- from the command line
 
 def run(*arguments, wait=True):
