@@ -415,7 +415,7 @@ def load_weights(model, weights, arch, blobs=None):
         DetectionCheckpointer(model)._load_model(
             {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True})
         state = {name: x for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-        need = {name for name in own if name.endswith(("weight", "bias"))}  # Caffe2's norms are affine alone
+        need = {name for name in own if name.endswith(("weight", "bias"))}      # Caffe2's norms are affine alone
     else:
         state, need = to_detectron2(weights, arch), set(own)
         wrong = [name for name, x in state.items() if name not in own or own[name].shape != x.shape]
