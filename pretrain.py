@@ -66,6 +66,8 @@ def get_args(argv=None):
     add("--weight-decay", type=float, default=1e-4, help="on every parameter [paper 5]")
     add("--nesterov", action="store_true", help="Nesterov momentum [MoCo v2: off; released code: on]")
     add("--queue-size", type=int, default=65536, help="negatives a level [paper 5]")
+    add("--fill-queue", action="store_true", help="take no optimizer step until real keys have replaced the "
+        "queue's random ones, against which all embeddings become alike [ours: off]")
     add("--temperature", type=float, default=0.2, help="of Eq. 2 [paper 5]")
     add("--ema", type=float, default=0.999, help="momentum of the key encoder [paper 5]")
     add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: "
@@ -423,7 +425,7 @@ def load(args, paths, talk):
     then, now = ({**settings, "images": digest} for settings, digest in
                  ((state["args"], state["images"]), (vars(args), paths.digest())))
     differ = sorted(f"{name} was {then.get(name)}, is {now[name]}"
-                    for name in now.keys() - FREE if then.get(name) != now[name])
+                    for name in now.keys() - FREE if then.get(name, False) != now[name])    # new switch: off
     if differ:
         sys.exit(f"pretrain.py: error: cannot resume {args.out} with other settings: {'; '.join(differ)}")
     talk(f"resuming from {path}, step {state['step']}")
@@ -648,7 +650,8 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                 accuracies = [beats.to(dtype).mean() for beats in (beats_queue, beats_batch)]
                 totals += torch.stack([*loss, *accuracies]) / mine
         finite = [totals.isfinite().all(), all_finite(p.grad for p in encoder_q.parameters())]
-        optimizer.step()
+        if not args.fill_queue or step * args.batch_size >= args.queue_size:
+            optimizer.step()
         finite = torch.stack([*finite, all_finite(list(encoder_q.parameters()))])       # on the device, too
         bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step + 1))
         queue.enqueue(k)
