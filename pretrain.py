@@ -424,8 +424,8 @@ def load(args, paths, talk):
         return talk(f"no checkpoint in {args.out} yet: starting at step 0")
     then, now = ({**settings, "images": digest} for settings, digest in
                  ((state["args"], state["images"]), (vars(args), paths.digest())))
-    differ = sorted(f"{name} was {then.get(name)}, is {now[name]}"
-                    for name in now.keys() - FREE if then.get(name, False) != now[name])    # new switch: off
+    differ = sorted(f"{name} was {then.get(name, False)}, is {now[name]}"     # older than a switch: it was off
+                    for name in now.keys() - FREE if then.get(name, False) != now[name])
     if differ:
         sys.exit(f"pretrain.py: error: cannot resume {args.out} with other settings: {'; '.join(differ)}")
     talk(f"resuming from {path}, step {state['step']}")

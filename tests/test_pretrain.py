@@ -621,6 +621,14 @@ def test_what_a_run_directory_refuses(here, base, photos, tmp_path):
     shutil.copyfile(f"{out}/backbone.pth", tmp_path / "checkpoint.pth")
     status, _, err = here("--arch", "c4", *OPTIONS["c4"], "--out", tmp_path, "--resume", photos)
     assert status == 1 and err.endswith("checkpoint.pth is no checkpoint of pretrain.py\n")
+    state = state_of(out)
+    del state["args"]["fill_queue"]                         # as before there was that switch
+    torch.save(state, tmp_path / "checkpoint.pth")
+    options[-1] = tmp_path
+    status, _, err = here(*options, "--fill-queue", "--resume", photos)
+    assert status == 1 and "with other settings: fill_queue was False, is True\n" in err
+    status, text, _ = here(*options, "--resume", photos)
+    assert status == 0 and "done, 9 steps" in text
 
 
 def test_a_run_keeps_its_images_from_its_first_checkpoint_on(here, photos, tmp_path):
