@@ -67,7 +67,7 @@ def get_args(argv=None):
     add("--nesterov", action="store_true", help="Nesterov momentum [MoCo v2: off; released code: on]")
     add("--queue-size", type=int, default=65536, help="negatives a level [paper 5]")
     add("--fill-queue", action="store_true", help="take no optimizer step until real keys have replaced the "
-        "queue's random ones, against which all embeddings become alike [ours: off]")
+        "queue's random ones; these steps count as others do [ours: off]")
     add("--temperature", type=float, default=0.2, help="of Eq. 2 [paper 5]")
     add("--ema", type=float, default=0.999, help="momentum of the key encoder [paper 5]")
     add("--image-size", type=int, help="side of the canvas, a multiple of 32 [released code: 256; MoCo v2: "
@@ -424,7 +424,7 @@ def load(args, paths, talk):
         return talk(f"no checkpoint in {args.out} yet: starting at step 0")
     then, now = ({**settings, "images": digest} for settings, digest in
                  ((state["args"], state["images"]), (vars(args), paths.digest())))
-    differ = sorted(f"{name} was {then.get(name, False)}, is {now[name]}"     # older than a switch: it was off
+    differ = sorted(f"{name} was {then.get(name, False)}, is {now[name]}"         # older than a switch: off
                     for name in now.keys() - FREE if then.get(name, False) != now[name])
     if differ:
         sys.exit(f"pretrain.py: error: cannot resume {args.out} with other settings: {'; '.join(differ)}")
@@ -541,6 +541,10 @@ def main(rank, args, paths, rendezvous="env://"):
     # ---- data: a step is `groups` BatchNorm groups; a rank works through `mine` of them, one by one
     groups, epoch_steps = args.batch_size // args.bn_group, len(paths) // args.batch_size
     mine, last_step = groups // world, args.epochs * epoch_steps
+    filling = math.ceil(args.queue_size / args.batch_size)
+    if args.fill_queue and filling >= last_step:
+        leave(f"pretrain.py: error: --fill-queue: all {last_step} steps would only fill the queue; take a "
+              "smaller --queue-size, or more --epochs")
     save_steps = args.save_steps or max(epoch_steps, 500)
     views, make_group = make_data(args, paths)
     keys = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step,
@@ -562,7 +566,7 @@ images  {len(paths):,} in {paths.root or "."!r}
 step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {mine} of them a process
 steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}; {len(paths) % args.batch_size} images left out
 rate    {args.lr}, by cosine to 0; momentum of the key encoder {args.ema}
-queue   {args.queue_size:,} keys x {len(levels)} levels, {args.queue_size / args.batch_size:.0f} steps fill it
+queue   {args.queue_size:,} keys x {len(levels)} levels, {filling} steps fill it{" first" * args.fill_queue}
 chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
     if args.queue_size > len(paths) / 2:
         talk("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
@@ -650,7 +654,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                 accuracies = [beats.to(dtype).mean() for beats in (beats_queue, beats_batch)]
                 totals += torch.stack([*loss, *accuracies]) / mine
         finite = [totals.isfinite().all(), all_finite(p.grad for p in encoder_q.parameters())]
-        if not args.fill_queue or step * args.batch_size >= args.queue_size:
+        if not args.fill_queue or step >= filling:
             optimizer.step()
         finite = torch.stack([*finite, all_finite(list(encoder_q.parameters()))])       # on the device, too
         bad_step = torch.where(finite, bad_step, bad_step.clamp(max=step + 1))

@@ -631,6 +631,15 @@ def test_what_a_run_directory_refuses(here, base, photos, tmp_path):
     assert status == 0 and "done, 9 steps" in text
 
 
+def test_a_queue_that_is_filled_first_must_leave_steps_to_learn(here, photos, tmp_path):
+    options = ["--arch", "c4", "--method", "moco", *SMALL, "--epochs", 1, "--fill-queue"]     # three steps of twelve
+    status, _, err = here(*options, "--queue-size", 25, "--out", tmp_path / "none", photos)
+    assert status == 1 and "all 3 steps would only fill the queue" in err and err.count("\n") == 1
+    status, text, _ = here(*options, "--queue-size", 24, "--out", tmp_path / "one", photos)
+    assert status == 0 and "24 keys x 1 levels, 2 steps fill it first\n" in text
+    assert state_of(tmp_path / "one")["optimizer"]["state"]             # one update has been made
+
+
 def test_a_run_keeps_its_images_from_its_first_checkpoint_on(here, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     options = ["--arch", "c4", "--method", "moco", *SMALL, "--epochs", 1, "--resume", "--out", folder / "run"]

@@ -32,6 +32,7 @@ def encode(view):
         return encoder(images, boxes)
 
 
+open(out, "w").close()
 losses, hits = [], []
 for step in range(1, steps + 1):
     batch = [make_group([views[key] for key in next(groups)]) for _ in range(2)]
