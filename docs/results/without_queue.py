@@ -1,4 +1,4 @@
-"""The FPN's steps with the age of keys taken out: python without_queue.py PHOTOS/train OUT.jsonl [STEPS]
+"""The FPN's steps with the age of keys taken out: python without_queue.py PHOTOS/train OUT.jsonl [STEPS, by twenties]
 
 InfoNCE against the other keys of the batch, all encoded just now by the query encoder itself; images, boxes, shuffle and
 optimizer as in `pretrain.py --arch fpn --resnet resnet18 --image-size 96 --batch-size 64 --bn-group 32 --lr .012
