@@ -203,7 +203,7 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
 
 @pytest.mark.parametrize("arch, method, more", [
     ("c4", "insloc", []), ("c4", "moco", []), ("c4", "cp", ["--aug-on", "composite"]), ("c4", "ra", []),
-    ("fpn", "insloc", []), ("fpn", "cp", []), ("fpn", "ra", []), ("c4", "moco", ["--fill-queue"])])
+    ("fpn", "insloc", []), ("fpn", "cp", ["--fill-queue"]), ("fpn", "ra", []), ("c4", "moco", ["--fill-queue"])])
 def test_steps_are_those_of_the_textbook_loop(here, monkeypatch, photos, tmp_path, arch, method, more):
     options = ["--arch", arch, "--method", method, *SMALL, "--precision", "fp64", "--epochs", 3, *more]
     enqueued, steps = [], 4 if arch == "c4" else 3      # an epoch, C4's into the next one and its rate
