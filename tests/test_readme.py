@@ -217,9 +217,11 @@ def test_the_studys_table_is_what_its_files_say():
             assert rows[label][column].rstrip("*") == ", ".join(f"{value:.1f}" for value in values), (runs, label)
     for run in os.listdir(os.path.join(folder, "abl")):
         last = sum(line["acc_batch"] for line in read(f"abl/{run}", "log.jsonl")[-10:]) / 10
-        values = [read(f"abl/{run}", "knn.json")["top1"], *(place(f"abl/{run}", name) for name in ("reflect", "placed"))]
+        values = [read(f"abl/{run}", "knn.json")["top1"],
+                  *(place(f"abl/{run}", name) for name in ("reflect", "placed"))]
         assert small[run][1:] == [f"{last:.2f}".lstrip("0"), *(f"{value:.1f}" for value in values)], run
-    for run in ("fpn/moco", "fpn/ra", "fpn/cp", "fpn/insloc", "fpn2/moco", "fpn2/ra", "fpn2/cp", "fpn2/insloc", "fpn2/levels"):
+    for run in [f"fpn/{rung}" for rung in ("moco", "ra", "cp", "insloc")] + [
+            f"fpn2/{rung}" for rung in ("moco", "ra", "cp", "insloc", "levels")]:
         means = [sum(line[key] for line in read(run, "log.jsonl")[-10:]) / 10 for key in ("acc_batch", "acc_queue")]
         values = [read(run, "knn.json")["top1"], *(place(run, name) for name in ("reflect", "placed"))]
         assert small[run] == [f"{mean:.3f}".lstrip("0") for mean in means] + [f"{value:.1f}" for value in values], run
