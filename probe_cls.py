@@ -2,286 +2,102 @@
 
     python probe_cls.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
     python probe_cls.py runs/insloc_c4 /data/imagenet --knn 20        # in minutes, to watch a run
-    torchrun --nproc-per-node 8 probe_cls.py runs/insloc_c4 /data/imagenet
-    python -m pdb probe_cls.py random DATA --resnet resnet18 --device cpu --workers 0       # step through it
 
-DATA holds train/CLASS/* and val/CLASS/*. WEIGHTS is a run directory, a checkpoint of any system in the
-paper's tables, or `random`. The readout is the trunk as a plain ResNet: C4's RoI head (res5) stands behind
-res4 again, FPN is read at C5, without neck and head. One linear layer is trained by MoCo's recipe; the net
-stays in eval mode and is compared at the end, bit for bit, with the one that came in.
+The trunk is read as a plain ResNet, the mean over its last map: C4's RoI head (res5) stands behind res4, FPN
+is read at C5. One linear layer is trained by MoCo's recipe; the net stays in eval mode and is compared at the
+end, bit for bit, with the one that came in. k-NN reads a random net, too. The linear layer does not, since
+that would double the time: give `random` for WEIGHTS, with a lower --lr.
 """
 import argparse
-import hashlib
 import json
+import math
 import os
-import sys
-import tempfile
-import time
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as TF
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
-from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, PathList, Unreadable, crop_box, generator_for,
-                    read_file, read_image, read_weights, roi_pool)
+import stage
+from insloc import generator_for, make_resnet, read_image
+from weights import INPUTS, RESNETS, Weights, read_weights
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PAPER = {"SwAV": 70.1, "BYOL": 74.3, "MoCo-v2": 67.7, "InsLoc": 61.7}           # Table 3a, Cls: top-1, R50-C4
-# What may change between a run and its continuation.
-FREE = {"weights", "data", "out", "resume", "nprocs", "workers", "device", "trust"}
 
 
 def get_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = stage.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("weights", help="run directory, checkpoint of any system, or `random`")
     add("data", help="folder with train/CLASS/* and val/CLASS/*")
-    add("--arch", choices=["c4", "fpn"], default="c4", help="fpn reads C5, the same trunk [paper 5.2: C4]")
-    add("--epochs", type=int, default=100, help="[MoCo v2]")
+    add("--arch", choices=["c4", "fpn"], default="c4", help="both are read at C5 [paper 5.2: C4]")
+    add("--epochs", type=int, default=100, help="the rate falls to a tenth at .6 and .8 of them [MoCo v2]")
     add("--lr", type=float, default=30.0, help="for batch 256 [MoCo v2]")
-    add("--milestones", type=int, nargs="*", metavar="EPOCH",
-        help="the rate falls to a tenth there, at .6 and .8 of the epochs unless given [MoCo v2: 60 80]")
-    add("--batch-size", type=int, default=256, help="images a step over all processes [MoCo v2]")
-    add("--knn", type=int, metavar="K", help="weighted k-NN, no training; 20 is usual [ours: off]")
-    add_machine(parser, "runs/cls_WEIGHTS, with --knn runs/knn_WEIGHTS")
+    add("--batch-size", type=int, default=256, help="images a step, all processes together [MoCo v2]")
+    add("--knn", type=int, default=0, metavar="K", help="weighted k-NN instead; 20 is usual [ours: 0 is off]")
+    add("--image-size", type=int, default=224, help="side of the crop, validation: of 8/7 of it [MoCo v2]")
+    add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
+    add("--input", choices=INPUTS, default="imagenet", help="the pixels WEIGHTS know [ours: most files']")
+    add("--prefix", help="the place in WEIGHTS to take [ours: the only one with a whole trunk]")
+    add("--trust", action="store_true", help="let WEIGHTS run code, as a pickle does [ours: off]")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
+    stage.add_machine_arguments(parser, "runs/cls_WEIGHTS, with --knn runs/knn_WEIGHTS")
     args = parser.parse_args(argv)
-    check_machine(parser, args, "knn" if args.knn else "cls")
-    if args.milestones is None:
-        args.milestones = [-(-args.epochs * 6 // 10), -(-args.epochs * 8 // 10)]
-    if args.knn is not None and args.knn < 1:
-        parser.error("--knn must be at least 1")
+    stage.check_machine_arguments(parser, args)
+    if args.epochs < 1 or args.batch_size < 1 or args.knn < 0 or args.image_size < 32 or not args.lr > 0:
+        parser.error("--epochs, --batch-size must be at least 1, --knn 0, --image-size 32, --lr above 0")
+    name = os.path.basename(os.path.abspath(args.weights)).split(".")[0]
+    args.out = args.out or f"runs/{'knn' if args.knn else 'cls'}_{name}"
     return args
 
 
-# ---- What probe_loc.py imports, down to `launch`: arguments, weights, files, processes ---------------------
-
-def add_machine(parser, out):
-    """The arguments that both probes have."""
-    add = parser.add_argument
-    add("--resnet", default="resnet50", choices=[f"resnet{depth}" for depth in (18, 34, 50, 101, 152)],
-        help="trunk of `random`; else the weights tell [paper 4.3]")
-    add("--image-size", type=int, default=224, help="side of the crop, validation: of 8/7 of it [MoCo v2]")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
-    add("--trust", action="store_true", help="unpickle WEIGHTS that are more than tensors [ours: off]")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[ours: a GPU if there is one]")
-    add("--nprocs", type=int, help="processes to start, none under torchrun [ours: one a GPU, or one]")
-    add("--workers", type=int, help="loader workers a process [ours: its share of the cores, at most 8]")
-    add("--seed", type=int, default=0, help="[ours: 0]")
-    add("--out", help=f"folder for results.json and checkpoint.pth [ours: {out}]")
-    add("--resume", action="store_true", help="go on where the run in --out was stopped [ours: off]")
+def find_data(args):
+    """DATA -> the images of train and of val, a digest of their names, which hold the class."""
+    stage.check_new(args, ("checkpoint.pth", "checkpoint_prev.pth", "results.json"))
+    train = Images(os.path.join(args.data, "train"), args.image_size, args.seed)
+    val = Images(os.path.join(args.data, "val"), args.image_size, args.seed)
+    if train.classes != val.classes or len(train.classes) < 2:
+        unmatched = sorted(set(train.classes) ^ set(val.classes))[:3]
+        stage.fail(f"{args.data}: train and val must hold the same classes, two or more; not so: {unmatched}")
+    names = [path.removeprefix(images.root) for images in (train, val) for path, _ in images.samples]
+    return train, val, stage.digest(map(os.fsencode, names))
 
 
-def check_machine(parser, args, kind):
-    """Derives what was not given; parser.error prints one line and exits with status 2."""
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.image_size < 32 or args.image_size % 32:
-        parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the stride of the network")
-    args.out = args.out or f"runs/{kind}_" + os.path.basename(os.path.normpath(args.weights)).split(".")[0]
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = torch.cuda.device_count() if args.device == "cuda" else None
-    if gpus == 0:
-        parser.error("--device cuda: torch sees no GPU; use --device cpu, or install a driver")
-    if "RANK" in os.environ:
-        if not {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            parser.error("RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start by torchrun, or unset it")
-        args.nprocs, gpus = int(os.environ["WORLD_SIZE"]), None
-    args.nprocs = (gpus or 1) if args.nprocs is None else args.nprocs
-    if args.nprocs < 1 or gpus and args.nprocs > gpus:
-        parser.error(f"--nprocs {args.nprocs}: at least 1" + (f", at most {gpus} GPUs" if gpus else ""))
-    if args.batch_size < args.nprocs:
-        parser.error(f"--batch-size {args.batch_size}: less than an image a process, of {args.nprocs}")
-    if args.workers is None:                                # on the CPU the net itself needs the cores
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", args.nprocs))
-        args.workers = max(0, min(8, cores - (args.device == "cpu")))
+class Images(ImageFolder):
+    """uint8 (3, S, S) by key (epoch, index): MoCo's random view, or in epoch -1 the centre crop."""
 
-
-def fail(message):
-    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
-
-
-def read_trunk(args):
-    """WEIGHTS -> Weights, or None for `random`; the ResNet's name. What cannot be read ends in one line."""
-    if args.weights == "random":
-        return None, args.resnet
-    try:
-        weights = read_weights(args.weights, trust=args.trust)
-    except (OSError, ValueError) as error:
-        fail(f"{args.weights}: {error}")
-    blocks = {".".join(name.split(".")[:2]) for name in weights.backbone if name.startswith("layer")}
-    return weights, f"resnet{2 + len(blocks) * (3 if 'layer1.0.conv3.weight' in weights.backbone else 2)}"
-
-
-def fingerprint(net):
-    """{name: digest} of every tensor of a net, BatchNorm statistics included."""
-    return {name: hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-            for name, x in net.state_dict().items()}
-
-
-def check_frozen(net, before):
-    """Error unless every tensor of the net is, bit for bit, what its fingerprint `before` says."""
-    after = fingerprint(net)
-    changed = [name for name in before | after if before.get(name) != after.get(name)]
-    if changed:
-        fail(f"the frozen net changed, the result is void: {len(changed)} of {len(before)} tensors, "
-             f"such as {changed[0]}")
-
-
-def normalise(images, weights, device):
-    """uint8 RGB (N, 3, h, w) -> float on the device, in the weights' channel order and pixel statistics."""
-    x = images.to(device, non_blocking=True).float() / 255
-    mean, std = (weights.pixel_mean, weights.pixel_std) if weights else (PIXEL_MEAN, PIXEL_STD)
-    x = x.flip(1) if weights and weights.channel_order == "BGR" else x
-    x = (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
-
-
-def read_or_refuse(path):
-    """The image; Unreadable, naming the file, if it does not open: an accuracy of the rest would mislead."""
-    try:
-        return read_image(path)
-    except Exception as error:                              # decoders fail in many ways
-        raise Unreadable(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
-
-
-def centre_crop(image, size):
-    """MoCo's validation view, uint8 (3, size, size): for 224 the short side is resized to 256 first."""
-    return TF.center_crop(TF.resize(image, [size * 8 // 7], antialias=True), [size, size])
-
-
-def load(dataset, batches, args):
-    """Batches of the dataset's items, by lists of keys. A file that does not open ends the run in a line."""
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
-                                         pin_memory=args.device == "cuda",
-                                         multiprocessing_context="fork" if args.workers else None)
-    try:
-        yield from loader
-    except Unreadable as error:                             # a worker's comes with its traceback in front
-        lines = [line for line in str(error).splitlines() if "cannot be read" in line]
-        fail(lines[-1].split("Unreadable: ")[-1])
-
-
-def write(folder, name, write_to):
-    """write_to(file) beside, then renamed: a kill leaves the old file whole."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, name)
-    with open(path + ".tmp", "wb") as f:
-        write_to(f)
-    os.replace(path + ".tmp", path)
-
-
-def read_state(args):
-    """--out's checkpoint.pth where there is something to go on from, else None. A refusal is one line."""
-    path = os.path.join(args.out, "checkpoint.pth")
-    if not os.path.exists(path):
-        return None
-    if not args.resume:
-        fail(f"{args.out} already holds a run: --resume goes on with it, --out starts another")
-    try:
-        state = read_file(path)
-        state["args"]
-    except Exception as error:                              # a damaged file fails in many ways
-        fail(f"{path} is no checkpoint of a probe ({type(error).__name__}); remove it, or name another --out")
-    differ = [f"--{name.replace('_', '-')} {state['args'].get(name)} then, {value} now"
-              for name, value in vars(args).items() if name not in FREE and state["args"].get(name) != value]
-    if differ:
-        fail(f"cannot resume {args.out} with other settings: {'; '.join(differ)}")
-    return state
-
-
-def gather(x, world, total):
-    """Each rank's rows, of images rank, rank + world, ... -> all (total, ...), in order, on every rank."""
-    if world == 1:
-        return x
-    n = -(-total // world)
-    parts = [x.new_empty(n, *x.shape[1:]) for _ in range(world)]
-    dist.all_gather(parts, torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])]))
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def start_process(rank, rendezvous, args, images):
-    """Joins this process to the others, each of which needs an image of either split. Returns its device."""
-    if args.nprocs > images:
-        fail(f"{args.nprocs} processes for {images} images; give fewer --nprocs")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", args.nprocs))
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-    elif args.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if args.nprocs > 1:
-        backend = "nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=args.nprocs)
-    return device
-
-
-def launch(main, args, *found):
-    """main(rank, rendezvous, args, *found) here, if alone or under torchrun, or in --nprocs new processes."""
-    read_trunk(args)                                        # a refusal is one line, before anything starts
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-    if args.nprocs == 1 or "RANK" in os.environ:
-        return main(int(os.environ.get("RANK", 0)), "env://", args, *found)
-    with tempfile.TemporaryDirectory() as folder:
-        everything = f"file://{folder}/rendezvous", args, *found
-        try:
-            mp.start_processes(main, everything, args.nprocs, start_method="spawn")
-        except mp.ProcessExitedException as error:          # unless killed, the process has said why
-            sys.exit(error.exit_code if error.exit_code > 0 else f"{error}; --resume goes on")
-
-
-# ---- Linear classification and k-NN ------------------------------------------------------------------------
-
-def find_classes(data):
-    """DATA -> class names, (PathList, labels (N,)) of train, of val; what is missing ends in one line."""
-    splits, classes = [], None
-    for split in ("train", "val"):
-        folder, paths, labels = os.path.join(data, split), [], []
-        if not os.path.isdir(folder):
-            fail(f"{data} has no folder {split!r}; expected are {data}/train/CLASS/* and {data}/val/CLASS/*")
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-        classes = found if split == "train" else classes
-        if len(classes) < 2:
-            fail(f"{folder} has {len(classes)} class folder(s); a classifier needs at least two")
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
-            fail(f"{folder} has {len(unknown)} class(es) that {data}/train lacks, such as {unknown[0]!r}")
-        for label, name in enumerate(classes):
-            files = sorted(os.listdir(os.path.join(folder, name))) if name in found else []
-            files = [file for file in files if file.lower().endswith(EXTENSIONS) and file[0] != "."]
-            if not files and split == "train":
-                fail(f"{folder}/{name} has no images; endings looked for: {' '.join(EXTENSIONS)}")
-            paths += [os.path.join(folder, name, file) for file in files]
-            labels += [label] * len(files)
-        if not paths:
-            fail(f"{folder} has no images in class folders; endings looked for: {' '.join(EXTENSIONS)}")
-        splits.append((PathList(paths), torch.tensor(labels)))
-    return classes, *splits
-
-
-class Images(torch.utils.data.Dataset):
-    """Items by key (epoch, index): uint8 (3, S, S), label. Epoch -1: centre crop, else random."""
-
-    def __init__(self, paths, labels, size, seed=0):
-        self.paths, self.labels, self.size, self.seed = paths, labels, size, seed
+    def __init__(self, folder, size, seed):
+        super().__init__(folder)
+        self.seed = seed
+        self.random_view = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+        self.centre_view = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)])      # 224 out of 256
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = read_or_refuse(self.paths[index]), self.labels[index]
+        path = self.samples[index][0]
+        try:
+            image = read_image(path)
+        except Exception as error:              # decoders fail in many ways; an accuracy of the rest misleads
+            raise OSError(f"{path} cannot be read: {stage.last_line(error)}") from None
         if epoch < 0:
-            return centre_crop(image, self.size), label
-        generator = generator_for(self.seed, "sample", epoch, index)    # RandomResizedCrop, flip, no colour
-        top, left, h, w = crop_box(*image.shape[-2:], (0.08, 1), (3 / 4, 4 / 3), generator)
-        image = TF.resized_crop(image, top, left, h, w, [self.size, self.size], antialias=True)
-        return (image.flip(2) if torch.rand(1, generator=generator) < 0.5 else image), label
+            longest = 4 * min(image.shape[1:])  # a long strip, resized as a whole, would take gigabytes
+            image = v2.functional.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+            return self.centre_view(image)
+        torch.manual_seed(generator_for(self.seed, "sample", epoch, index).initial_seed())
+        return self.random_view(image)
+
+
+def make_net(weights, seed):
+    """torchvision's ResNet without fc, with these weights or random ones. pixels (2, 3, 1, 1): mean, std."""
+    torch.manual_seed(seed)
+    net = make_resnet(weights.resnet)
+    net.load_state_dict(weights.backbone or net.state_dict())
+    for block in net.modules():
+        if weights.stride_in_1x1 and hasattr(block, "conv3"):                           # a bottleneck
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    net.register_buffer("pixels", torch.tensor([weights.pixel_mean, weights.pixel_std])[:, :, None, None])
+    net.is_bgr = weights.channel_order == "BGR"
+    return net
 
 
 def knn(queries, bank, labels, n_classes, k=20, temperature=0.07):
@@ -295,119 +111,110 @@ def knn(queries, bank, labels, n_classes, k=20, temperature=0.07):
 
 
 def accuracy(scores, labels):
-    """Percentages: the right class comes first; is among the first five (None where there are no more)."""
+    """Percentages: the right class comes first; it is among the first five."""
     hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    top1, top5 = (100 * hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5))
-    return {"top1": top1, "top5": top5 if scores.shape[1] > 5 else None}
+    return {f"top{k}": 100 * hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5)}
 
 
-def main(rank, rendezvous, args, found, state):
-    world, start = args.nprocs, time.time()
-    talk = print if rank == 0 else (lambda *_, **__: None)
-    classes, (train_paths, train_labels), (val_paths, val_labels) = found
-    n, size = len(train_paths), args.batch_size
-    device = start_process(rank, rendezvous, args, min(n, len(val_paths)))
+def main(rank, device, args, train, val, data_digest):
+    say = print if rank == 0 else lambda *given, **more: None
+    digest = lambda net: stage.digest(x.cpu().numpy().tobytes() for x in net.state_dict().values())
 
-    # ---- the frozen net: a plain torchvision ResNet without fc
-    weights, resnet = read_trunk(args)
-    torch.manual_seed(args.seed)
-    encoder = C4Encoder(resnet).eval().requires_grad_(False)
-    if weights:
-        encoder.resnet.load_state_dict(weights.backbone)
-    encoder.to(device, memory_format=torch.channels_last if device.type == "cuda" else None)
-    net, before = encoder.resnet, fingerprint(encoder.resnet)
-    source = weights.source if weights else f"random init, seed {args.seed}"
-    if args.arch == "c4" and args.image_size == 224:        # RoIAlign of a whole image is the identity:
-        res4 = encoder.res4(torch.randn(1, 3, 224, 224, device=device))     # RoI head = plain ResNet
-        whole = torch.tensor([[0.0, 0.0, 224.0, 224.0]], device=device)
-        pooled = roi_pool(res4, whole, size=14, scale=1 / 16)
-        torch.testing.assert_close(pooled, res4)
+    # ---- the frozen nets: for k-NN a random one beside the given one
+    found = {"random": Weights({}, {}, args.resnet, "random init", *INPUTS["imagenet"], ())}
+    if args.weights != "random":
+        try:
+            given = read_weights(args.weights, args.trust, args.prefix, args.input)
+        except (OSError, ValueError) as error:
+            stage.leave(f"{args.weights}: {error}")
+        random = found["random"]._replace(resnet=given.resnet)
+        found = {"random": random, "given": given} if args.knn else {"given": given}
+    nets = torch.nn.ModuleDict({name: make_net(weights, args.seed) for name, weights in found.items()})
+    nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
-    def encode(images):
-        """uint8 RGB (N, 3, S, S) -> (N, D) float32 on the device."""
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return net(normalise(images, weights, device)).float()
+    # ---- the run in --out, if it goes on, and the other ranks: the same settings, images and nets
+    settings = {**vars(args), "images": data_digest, "nets": digest(nets)}
+    state = stage.read_checkpoint(args.out, say) if args.resume else None
+    free = stage.LOCAL | {"world", "weights", "trust"}
+    if state and (differ := stage.differences(state.get("settings", {}), settings, free)):
+        stage.leave(f"cannot resume {args.out} with other settings: {differ}")
+    curve = state["curve"] if state else []
+    stage.check_ranks({**settings, "epochs done": len(curve)})
+    sources = {name: weights.source for name, weights in found.items()}
+    say(f"{sources}; {len(train)} train, {len(val)} val images; {args.world} x {args.device}", flush=True)
 
-    def centre_features(paths, labels):
-        """(N, D): the centre crops of all images, on every rank."""
-        keys, share = [(-1, i) for i in range(rank, len(paths), world)], max(1, size // world)
-        batches = [keys[i:i + share] for i in range(0, len(keys), share)]
-        mine = [encode(images) for images, _ in load(Images(paths, labels, args.image_size), batches, args)]
-        return gather(torch.cat(mine), world, len(paths))
+    def encode(net, images, epoch, order):
+        """Pairs of indices (n,), features (n, D), the same on all ranks; each encodes a part of a batch."""
+        batches = order.split(args.batch_size)
+        parts = [batch.tensor_split(args.world)[rank].tolist() for batch in batches]
+        loader = torch.utils.data.DataLoader(
+            images, batch_sampler=[[(epoch, index) for index in part or [0]] for part in parts],
+            num_workers=args.workers, pin_memory=args.device == "cuda",
+            multiprocessing_context="fork" if args.workers else None)
+        for batch, part, x in zip(batches, parts, loader):
+            x = x.to(device, non_blocking=True).float() / 255
+            x = ((x.flip(1) if net.is_bgr else x) - net.pixels[0]) / net.pixels[1]
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                features = net(x.contiguous(memory_format=torch.channels_last)).float().cpu()
+            features = stage.gather_objects(features[:len(part)])       # for an empty part one was loaded
+            yield batch.to(device), torch.cat(features).to(device)
 
-    talk(f"{args.weights}: {source}, {resnet}; {n} train, {len(val_paths)} val images, {len(classes)} "
-         f"classes, chance {100 / len(classes):.1f} %; {world} process(es), {args.device}", flush=True)
-    val_features, val_labels, curve = centre_features(val_paths, val_labels), val_labels.to(device), []
+    def encode_centres(net, images):
+        """The features (N, D) of the centre crops of all images."""
+        return torch.cat([features for _, features in encode(net, images, -1, torch.arange(len(images)))])
 
-    if args.knn:
-        bank = F.normalize(centre_features(train_paths, train_labels), dim=1)
-        scores = knn(F.normalize(val_features, dim=1), bank, train_labels.to(device), len(classes), args.knn)
-    else:
-        # ---- MoCo's linear classifier: N(0, .01) and 0 at the start, SGD, no decay, net in eval mode
-        fc = torch.nn.Linear(val_features.shape[1], len(classes))
+    train_labels, val_labels = (torch.tensor(images.targets, device=device) for images in (train, val))
+    results = {}
+    for name, net in nets.items():
+        val_features = encode_centres(net, val)
+        if args.knn:
+            bank = F.normalize(encode_centres(net, train))
+            scores = knn(F.normalize(val_features), bank, train_labels, len(train.classes), args.knn)
+            results[name] = accuracy(scores, val_labels)
+
+    if not args.knn:
+        # ---- MoCo's linear classifier, the same on all ranks
+        fc = torch.nn.Linear(val_features.shape[1], len(train.classes))
         fc.weight.data.normal_(0, 0.01, generator=generator_for(args.seed, "fc"))
         fc.bias.data.zero_()
         optimizer = torch.optim.SGD(fc.to(device).parameters(), lr=args.lr, momentum=0.9)
         if state:
-            if state["net"] != before:
-                fail(f"{args.out} was begun with other weights than {args.weights}")
             fc.load_state_dict(state["fc"])
             optimizer.load_state_dict(state["optimizer"])
-            curve = state["curve"]
-            talk(f"resuming after epoch {len(curve)}", flush=True)
-        first, starts = len(curve), [i for i in range(0, n, size) if n - i >= world]
-
-        def shares():
-            """The keys of this rank's part of each batch, of all epochs to come."""
-            for epoch in range(first, args.epochs):
-                order = torch.randperm(n, generator=generator_for(args.seed, "order", epoch)).tolist()
-                for i in starts:
-                    yield [(epoch, index) for index in order[i:i + size][rank::world]]
-
-        batches = load(Images(train_paths, train_labels, args.image_size, args.seed), shares(), args)
-        for epoch in range(first, args.epochs):
-            optimizer.param_groups[0]["lr"] = lr = args.lr * 0.1 ** sum(epoch >= m for m in args.milestones)
-            total = torch.zeros((), device=device)
-            for i in starts:
-                images, labels = next(batches)
-                loss = F.cross_entropy(fc(encode(images)), labels.to(device), reduction="sum")
-                loss = loss / min(size, n - i)              # ranks add up to the mean over the batch
+        for epoch in range(len(curve), args.epochs):
+            lr = args.lr * 0.1 ** ((epoch >= 0.6 * args.epochs) + (epoch >= 0.8 * args.epochs))
+            optimizer.param_groups[0]["lr"] = lr
+            order = torch.randperm(len(train), generator=generator_for(args.seed, "order", epoch))
+            losses = []
+            for batch, features in encode(net, train, epoch, order):
+                loss = F.cross_entropy(fc(features), train_labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
-                if world > 1:
-                    dist.all_reduce(fc.weight.grad), dist.all_reduce(fc.bias.grad)
                 optimizer.step()
-                total += loss.detach() / len(starts)
-            if world > 1:
-                dist.all_reduce(total)
-            if not total.isfinite() or not fc.weight.isfinite().all():
-                fail(f"the loss is not finite in epoch {epoch + 1}; lower --lr")
+                losses.append(loss.detach())
+            loss = torch.stack(losses).mean().item()
+            if not (math.isfinite(loss) and fc.weight.isfinite().all()):
+                stage.leave(f"the loss is not finite in epoch {epoch + 1}: lower --lr")
             result = accuracy(fc(val_features), val_labels)
-            curve.append({"epoch": epoch + 1, "lr": lr, "loss": total.item(), **result})
-            talk(f"epoch {epoch + 1}/{args.epochs}: lr {lr:g}, loss {total:.3f}, "
-                 f"val top-1 {result['top1']:.2f} %, {time.time() - start:.0f} s", flush=True)
+            curve.append({"epoch": epoch + 1, "lr": lr, "loss": loss, **result})
+            say(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.3f}, top-1 {result['top1']:.2f} %", flush=True)
             if rank == 0:
-                everything = {"args": vars(args), "net": before, "fc": fc.state_dict(), "curve": curve,
-                              "optimizer": optimizer.state_dict()}
-                write(args.out, "checkpoint.pth", lambda f: torch.save(everything, f))
-        scores = fc(val_features).detach()
+                stage.save_checkpoint(args.out, {"settings": settings, "curve": curve, "fc": fc.state_dict(),
+                                                 "optimizer": optimizer.state_dict()})
+        results[name] = accuracy(fc(val_features), val_labels)
 
-    check_frozen(net, before)
+    # ---- the results, below them the paper's
+    if digest(nets) != settings["nets"]:
+        stage.fail("a frozen net has changed: the results are void")
     if rank == 0:
-        readout, result = f"{args.knn}-NN" if args.knn else "linear", accuracy(scores, val_labels)
-        everything = {"weights": args.weights, "source": source, "resnet": resnet, "readout": readout,
-                      **result, "chance": 100 / len(classes), "train_images": n, "val_images": len(val_paths),
-                      "paper": PAPER, "curve": curve, "args": vars(args), "torch": torch.__version__,
-                      "seconds": round(time.time() - start, 1)}
-        write(args.out, "results.json", lambda f: f.write(json.dumps(everything, indent=1).encode()))
-        top5 = f", top-5 {result['top5']:.2f} %" if result["top5"] is not None else ""
-        paper = ", ".join(f"{name} {value}" for name, value in PAPER.items())
-        print(f"\n{args.weights}, {readout}, {args.data}: top-1 {result['top1']:.2f} %{top5}\n"
-              f"paper, Table 3a, linear, ImageNet, R50-C4: {paper}\nwrote {args.out}/results.json")
-    if world > 1:
-        dist.destroy_process_group()
+        text = json.dumps({"results": results, "chance": 100 / len(train.classes), "curve": curve,
+                           "paper": PAPER, "sources": sources, "settings": settings,
+                           "commit": stage.commit()}, indent=1)
+        stage.write_atomically(f"{args.out}/results.json", lambda f: f.write(text.encode()))
+    for name, result in results.items():
+        say(f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+    say(f"chance: {100 / len(train.classes):.2f} %; paper, Table 3a, linear, ImageNet, R50-C4: {PAPER}")
 
 
 if __name__ == "__main__":
-    arguments = get_args()
-    launch(main, arguments, find_classes(arguments.data), None if arguments.knn else read_state(arguments))
+    stage.launch(main, get_args(), find_data)

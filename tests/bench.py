@@ -1,29 +1,28 @@
-"""Speed and memory, each figure a ratio within one run: prints a table, appends a JSON line a row to --json.
+"""Speed and memory, each figure a ratio within one run: rows of a table, and a JSON line a row in --json.
 
-    python tests/bench.py loader IMAGES          # a loader worker against the textbook pipeline and bare decoding
-    python tests/bench.py step --arch c4         # the step against its bare encoder passes; where the rest goes
-    python tests/bench.py train IMAGES           # the program against the textbook loop, end to end
-    python tests/bench.py memory IMAGES          # of the recipe; of a loader worker; of 1.3 million paths
-    python tests/bench.py ranks IMAGES           # bytes sent for Shuffle-BN; two processes against one
-    python tests/bench.py precision IMAGES       # the loss of bf16 beside that of fp32
-    python tests/bench.py long IMAGES            # 20,000 steps of a tiny net: memory and files of each process
-    python tests/bench.py kills IMAGES           # the same command again and again, killed at random times
+    python tests/bench.py train [IMAGES]         # the program against the textbook loop, end to end
+    python tests/bench.py loader [IMAGES]        # a loader worker against the textbook pipeline and bare decoding
+    python tests/bench.py step --arch c4         # the step against its bare encoder passes
+    python tests/bench.py compile --arch c4      # the step without and with --compile
+    python tests/bench.py precision [IMAGES]     # the loss of bf16 beside that of fp32
+    python tests/bench.py memory [IMAGES]        # of the GPU; of a loader worker
+    python tests/bench.py ranks [IMAGES]         # two processes of one thread against one, on the CPU
+    python tests/bench.py kernels                # kernels and bytes of the parts of a step, counted without a GPU
+    python tests/bench.py parts --arch c4        # the same parts by the clock, on a GPU by torch.profiler, too
 
-On a GPU the paper's recipe, on the CPU a ResNet-18 at 128 px; what follows `--` goes to pretrain.py. No test
-asserts a time: machines differ and are shared. What is compared runs in turns, and the median ratio is printed.
+On a GPU the paper's recipe, on the CPU a ResNet-18 at 128 px, with --tiny only whether it runs; what follows
+`--` goes to pretrain.py. Without IMAGES pictures are made up. No test asserts a time: machines differ and are
+shared. What is compared runs in one process or in turns, and the median is printed. `make gpu` runs them all.
 """
 import argparse
 import contextlib
 import copy
-import glob
 import io
 import itertools
 import json
 import os
-import platform
 import random
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,25 +34,33 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 import torch
-import torch.distributed as dist
-import torchvision
+from torchvision import io as image_io
+from torchvision import transforms as T
 from torchvision.transforms import functional as V1
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import fake_cuda                                                                             # noqa: E402
+import insloc                                                                                # noqa: E402
 import pretrain                                                                              # noqa: E402
-from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, MakeGroup, PathList, Views,       # noqa: E402
-                    batches, grid_anchors, info_nce, jitter_boxes, momentum_update)
 
 CUDA = torch.cuda.is_available()
-SMALL = ("--resnet resnet18 --image-size 128 --batch-size 64 --queue-size 4096 --precision bf16 --lr .012 --ema .99 "
-         "--device cpu").split()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+SMALL = "--resnet resnet18 --image-size 128 --batch-size 64 --queue-size 4096 --lr .012 --ema .99 --device cpu"
+TINY = "--resnet narrow18 --image-size 64 --batch-size 8 --bn-group 4 --queue-size 16 --workers 1"
+median = statistics.median
 
 
 def machine():
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     with open("/proc/cpuinfo") as f:
-        cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu}, {gpu}, torch {torch.__version__}, {platform.system()}"
+        names = [line.split(":")[1].strip() for line in f if line.startswith("model name")] or ["unknown CPU"]
+    gpu = torch.cuda.get_device_name() if CUDA else "no GPU"
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0]}, {gpu}, torch {torch.__version__}"
+
+
+def now():
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def in_turns(rounds, **work):
@@ -68,212 +75,112 @@ def in_turns(rounds, **work):
 
 
 def ratio(over, under):
-    return statistics.median(a / b for a, b in zip(over, under))
+    return median(a / b for a, b in zip(over, under))
 
 
-# ---- loader ------------------------------------------------------------------------------------------------
+def made_up_pictures(folder, count):
+    """JPEGs of ImageNet's usual size: clouds of colour with grain."""
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        clouds = PIL.Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)).resize((500, 375))
+        grainy = np.asarray(clouds) + rng.normal(0, 12, (375, 500, 1))
+        PIL.Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i:05d}.jpg", quality=90)
+
+
+def images_of(args):
+    return pretrain.find_data(argparse.Namespace(data=args.images, out=os.devnull, resume=False, batch_size=1,
+                                                 preview=None))[0]
+
+
+def settings_of(args, *more):
+    """pretrain.py's arguments: the paper's on a GPU, small ones on the CPU, then those after `--`."""
+    small = TINY.split() if args.tiny else [] if CUDA else SMALL.split()
+    return ["--arch", args.arch, "--nprocs", "1", *small, *more, *args.pretrain]
+
+
+# ---- The textbook: the released code's pipeline and MoCo's loop -------------------------------------------
 
 class Textbook(torch.utils.data.Dataset):
-    """A sample as the released code makes it, by Pillow and torchvision: three decodes, two augmented composites."""
+    """A sample by Pillow and torchvision, as the release makes it: three decodes, two augmented composites."""
 
     def __init__(self, paths, size=256):
-        self.paths, self.size, self.anchors = paths, size, grid_anchors(size)
+        self.paths = paths
+        self.size = size
+        self.anchors = insloc.grid_anchors(size)
+        self.augment = T.Compose([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
+                                  T.RandomApply([lambda image: image.filter(PIL.ImageFilter.GaussianBlur(1.0))], 0.5)])
 
     def __len__(self):
         return len(self.paths)
 
     def read(self, index):
-        with PIL.Image.open(self.paths[index]) as image:
+        with PIL.Image.open(os.fsdecode(self.paths[index])) as image:
             return image.convert("RGB")
 
     def __getitem__(self, index):
-        image, size, out, rng = self.read(index), self.size, [], random.Random(index)
+        rng = random.Random(index)
+        image = self.read(index)
+        size = self.size
+        sample = []
         for _ in range(2):
             composite = self.read(rng.randrange(len(self))).resize((size, size), PIL.Image.BILINEAR)
-            crop = torchvision.transforms.RandomResizedCrop.get_params(image, (0.2, 1.0), (0.5, 2.0))
+            crop = T.RandomResizedCrop.get_params(image, (0.2, 1.0), (0.5, 2.0))
             w, h = rng.randint(size // 2, size), rng.randint(size // 2, size)
             x, y = rng.randint(0, size - w), rng.randint(0, size - h)
             composite.paste(V1.resized_crop(image, *crop, (h, w)), (x, y))
-            if rng.random() < 0.8:
-                composite = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)(composite)
-            if rng.random() < 0.2:
-                composite = V1.to_grayscale(composite, 3)
+            composite = self.augment(composite)
             if rng.random() < 0.5:
-                composite = composite.filter(PIL.ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-            if rng.random() < 0.5:
-                composite, x = V1.hflip(composite), size - w - x
-            out += [V1.normalize(V1.to_tensor(composite), PIXEL_MEAN, PIXEL_STD),
-                    torch.tensor([x, y, x + w, y + h], dtype=torch.float32)]
-        out[1] = jitter_boxes(out[1][None], self.anchors)[0]
-        return out
+                composite = V1.hflip(composite)
+                x = size - w - x
+            sample.append(V1.normalize(V1.to_tensor(composite), insloc.PIXEL_MEAN, insloc.PIXEL_STD))
+            sample.append(torch.tensor([x, y, x + w, y + h], dtype=torch.float32))
+        sample[1] = insloc.jitter_boxes(sample[1][None], self.anchors)[0]
+        return sample
 
 
-def images_of(args):
-    if args.images is None:
-        sys.exit(f"bench.py: error: {args.command} needs IMAGES, a folder or a list")
-    return pretrain.find_images(argparse.Namespace(data=args.images, out=os.devnull, resume=False, batch_size=32))
+def textbook_loop(args, settings, paths, count):
+    """A whole batch at once, in float32: images/s with its loader, and without."""
+    q = make_encoder(args.arch, settings, DEVICE)
+    k = copy.deepcopy(q)
+    size = settings.batch_size
+    queue = torch.nn.functional.normalize(torch.randn(len(q.levels), 128, settings.queue_size, device=DEVICE), dim=1)
+    optimizer = torch.optim.SGD(q.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    loader = torch.utils.data.DataLoader(Textbook(paths, settings.image_size), size, shuffle=True, drop_last=True,
+                                         num_workers=settings.workers, pin_memory=CUDA)
+    source = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def one_step(batch):
+        images_q, boxes_q, images_k, boxes_k = (x.to(DEVICE, non_blocking=True) for x in batch)
+        with torch.no_grad():
+            for a, b in zip(k.parameters(), q.parameters()):
+                a.mul_(settings.ema).add_(b, alpha=1 - settings.ema)
+            order = torch.randperm(size, device=DEVICE)
+            keys = k(images_k[order], boxes_k[order])[order.argsort()]
+        loss, _ = insloc.info_nce(q(images_q, boxes_q), keys, queue, settings.temperature)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        queue[:, :, :size] = keys.permute(1, 2, 0)
+
+    batch = next(source)
+    for _ in range(3):
+        one_step(batch)
+    began = now()
+    for _ in range(count):
+        one_step(batch)
+    alone = now() - began
+    for _ in range(3 * settings.workers):               # what the loader had prepared meanwhile is no measure
+        next(source)
+    began = now()
+    for _ in range(count):
+        one_step(next(source))
+    return count * size / (now() - began), count * size / alone
 
 
-def loader(args):
-    paths = images_of(args)
-    torch.set_num_threads(1)
-    rng, textbook = random.Random(0), Textbook(paths)
-    some = [rng.randrange(len(paths)) for _ in range(args.count)]
-    raw = [torch.from_numpy(np.fromfile(paths[i], dtype=np.uint8)) for i in some]
-    files = [data.numpy().tobytes() for data in raw]
-
-    def cpu(work):
-        def timed():
-            started = time.process_time()
-            work()
-            return (time.process_time() - started) / args.count * 1e3
-        return timed
-
-    def by_pillow():
-        for data in files:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                image.convert("RGB")
-
-    def process(count):
-        """CPU seconds of a loader worker of `count` groups from its fork to its end, hand-over to the parent included."""
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        keys = itertools.islice(batches(len(paths), 32, 32, count), count)
-        for group in torch.utils.data.DataLoader(Views(paths), batch_sampler=list(keys), collate_fn=MakeGroup(),
-                                                 num_workers=1):
-            del group
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-
-    def worker():
-        """An image's share; start and end of the process, which a run pays once, fall out of the difference."""
-        count = -(-args.count // 8)                     # groups: four times as many images as the others have
-        return (process(1 + count) - process(1)) / (32 * count) * 1e3
-
-    times = in_turns(
-        args.rounds, worker=worker,
-        torchvision=cpu(lambda: [torchvision.io.decode_jpeg(r, mode=torchvision.io.ImageReadMode.RGB) for r in raw]),
-        pillow=cpu(by_pillow), textbook=cpu(lambda: [textbook[i] for i in some]))
-    fastest = min("torchvision", "pillow", key=lambda name: statistics.median(times[name]))
-    return [{"row": "loader", **{f"ms_{name}": statistics.median(values) for name, values in times.items()},
-             "textbook / ours": ratio(times["textbook"], times["worker"]),
-             f"decode ({fastest}) / ours": ratio(times[fastest], times["worker"])}]
-
-
-# ---- step --------------------------------------------------------------------------------------------------
-
-def settings_of(args, *more):
-    """pretrain.py's arguments: the paper's on a GPU, small ones on the CPU, then those after `--`."""
-    return ["--arch", args.arch, "--nprocs", "1", *([] if CUDA else SMALL), *more, *args.pretrain]
-
-
-def random_groups(settings):
-    """A step's groups from random crops, through the program's own collate function."""
-    size, generator = settings.image_size, torch.Generator().manual_seed(0)
-    make_group = pretrain.make_data(settings, PathList([b"x"]))[1]
-
-    def image(h, w):
-        return torch.randint(256, (h, w, 3), dtype=torch.uint8, generator=generator).permute(2, 0, 1)
-
-    def sample(i):
-        h, w, *more = torch.randint(settings.fg_size[0], settings.fg_size[1] + 1, (4,), generator=generator).tolist()
-        return {"view_q": image(h, w), "view_k": image(*more), "background": image(size, size), "source": i,
-                "damaged": [], "key": (0, 0)}
-
-    return [make_group([sample(i) for i in range(settings.bn_group)])
-            for _ in range(settings.batch_size // settings.bn_group)]
-
-
-def now():
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def run_steps(settings, count, at_step, *patches):
-    """pretrain.main, alone in this process, on data in memory; at_step() is called where each step begins."""
-    groups = random_groups(settings)
-
-    def loader(*_, **__):
-        while True:
-            yield from copy.deepcopy(groups)
-
-    def momentum(*arguments):
-        at_step()
-        momentum_update(*arguments)
-
-    paths = PathList([b"%d" % i for i in range(settings.batch_size)])                # an epoch is a step
-    with tempfile.TemporaryDirectory() as settings.out, contextlib.ExitStack() as stack:
-        settings.epochs, settings.log_every, settings.save_steps = count, count + 1, count + 1
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for place, name, value in [(torch.utils.data, "DataLoader", loader), (pretrain, "momentum_update", momentum),
-                                   (pretrain, "save_composites", lambda *_: None), *patches]:
-            stack.enter_context(mock.patch.object(place, name, value))
-        pretrain.main(0, settings, paths)
-
-
-def step(args):
-    """Each step of the program is followed by the encoder passes alone: queries forward and backward, keys forward."""
-    settings = pretrain.get_args(["none", *settings_of(args)])
-    device = torch.device(settings.device)
-    if CUDA:
-        torch.backends.cudnn.benchmark = True
-    q, k = ((FPNEncoder if args.arch == "fpn" else C4Encoder)(settings.resnet)
-            .to(device, memory_format=torch.channels_last) for _ in range(2))
-    if settings.compile:
-        q.compile(), k.compile()
-    view = random_groups(settings)[0]["query"]
-    view["images"] = view["images"].to(device)
-    images, boxes = pretrain.augment(view, settings), pretrain.boxes_of(view, settings, device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
-
-    def bare():
-        for _ in range(settings.batch_size // settings.bn_group):
-            with torch.no_grad(), autocast:
-                k(images, boxes)
-        q.zero_grad()
-        for _ in range(settings.batch_size // settings.bn_group):
-            with autocast:
-                out = q(images, boxes)
-            out.sum().backward()
-
-    steps, bares, parts, resumed = [], [], {}, None
-
-    def at_step():
-        nonlocal resumed
-        began = now()
-        if resumed is not None:
-            steps.append(began - resumed)
-            bare()
-            bares.append(now() - began)
-        resumed = now()
-
-    run_steps(settings, args.rounds + 3, at_step)
-
-    def timed(name, function):
-        def wrapper(*arguments, **more):
-            began = now()
-            result = function(*arguments, **more)
-            parts.setdefault(name, []).append(now() - began)
-            return result
-        return wrapper
-
-    # Once more, each part by the clock, which on a GPU makes it wait: shares, not a second measurement.
-    run_steps(settings, args.rounds, lambda: parts.setdefault("step", []).append(now()),
-              *((pretrain, name, timed(name, getattr(pretrain, name))) for name in ("augment", "shuffle", "info_nce")),
-              (pretrain.KeyQueue, "enqueue", timed("enqueue", pretrain.KeyQueue.enqueue)),
-              (torch.optim.SGD, "step", timed("SGD", torch.optim.SGD.step)))
-    began = parts.pop("step")
-    whole = (began[-1] - began[0]) / (len(began) - 1)
-    shares = {f"share of {name}": sum(values) / args.rounds / whole for name, values in parts.items()}
-    return [{"row": f"step {args.arch}", "settings": " ".join(settings_of(args)),
-             "ms_step": statistics.median(steps[2:]) * 1e3,
-             "ms_bare": statistics.median(bares[2:]) * 1e3, "step / bare": ratio(steps[2:], bares[2:]), **shares}]
-
-
-# ---- train -------------------------------------------------------------------------------------------------
+# ---- The program: as a process of its own, and its loop alone ---------------------------------------------
 
 def run_program(args, *more, **environment):
-    """pretrain.py as a process of its own -> the lines of its log that have a loss."""
+    """pretrain.py -> the lines of its log that have a loss."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, pretrain.__file__, args.images, *settings_of(args, *more), "--out", out]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
@@ -283,337 +190,304 @@ def run_program(args, *more, **environment):
             return [line for line in map(json.loads, f) if "loss" in line]
 
 
-def textbook_loop(args, settings, paths, count):
-    """MoCo's loop in float32 and contiguous memory, a whole batch at once: images/s with its loader, and without."""
-    device, size = torch.device(settings.device), settings.batch_size
-    q = (FPNEncoder if args.arch == "fpn" else C4Encoder)(settings.resnet).to(device)
-    k, levels = copy.deepcopy(q), len(q.levels)
-    queue = torch.nn.functional.normalize(torch.randn(levels, 128, settings.queue_size, device=device), dim=1)
-    optimizer = torch.optim.SGD(q.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    loader = torch.utils.data.DataLoader(Textbook(paths, settings.image_size), size, shuffle=True, drop_last=True,
-                                         num_workers=settings.workers, pin_memory=CUDA)
+def random_groups(settings):
+    """A step's groups from random crops, through the program's own collate function."""
+    rng = np.random.default_rng(0)
+    make_group = pretrain.make_data(settings, [])[1]
+    canvas = settings.image_size
+    low, high = settings.fg_size or (canvas, canvas)
 
-    def batches_for_ever():
-        while True:
-            yield from loader
+    def image(h, w):
+        return torch.from_numpy(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).permute(2, 0, 1)
 
-    def one_step(batch):
-        images_q, boxes_q, images_k, boxes_k = (x.to(device, non_blocking=True) for x in batch)
-        with torch.no_grad():
-            for a, b in zip(k.parameters(), q.parameters()):
-                a.mul_(settings.ema).add_(b, alpha=1 - settings.ema)
-            order = torch.randperm(size, device=device)
-            keys = k(images_k[order], boxes_k[order])[order.argsort()]
-        loss, _ = info_nce(q(images_q, boxes_q), keys, queue, settings.temperature)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        queue[:, :, :size] = keys.permute(1, 2, 0)
+    def sample(i):
+        return {"query": image(*rng.integers(low, high + 1, 2)), "key": image(*rng.integers(low, high + 1, 2)),
+                "backgrounds": [image(canvas, canvas)], "source": i, "unreadable": [], "group": (0, 0)}
 
-    source = batches_for_ever()
-    batch = next(source)
-    for _ in range(3):
-        one_step(batch)
-    began = now()
-    for _ in range(count):
-        one_step(batch)
-    alone = now()
-    for _ in range(4 * settings.workers):                   # what the loader had prepared meanwhile is no measure
-        next(source)
-    loading = now()
-    for _ in range(count):
-        one_step(next(source))
-    return count * size / (now() - loading), count * size / (alone - began)
+    groups = [make_group([sample(i) for i in range(settings.bn_group)])
+              for _ in range(settings.batch_size // settings.bn_group)]
+    return torch.utils.data._utils.pin_memory.pin_memory(groups) if CUDA else groups
+
+
+def run_steps(settings, count, at_step, *patches):
+    """pretrain.main alone, on data in memory; at_step() is called where each step begins."""
+    groups = random_groups(settings)
+
+    def momentum_update(*arguments):
+        at_step()
+        insloc.momentum_update(*arguments)
+
+    settings.epochs = count                                             # an epoch is a step
+    settings.log_every = settings.save_steps = count + 1
+    paths = np.array([b"%d" % i for i in range(settings.batch_size)])
+    patches = [(torch.utils.data, "DataLoader", lambda *_, **__: itertools.cycle(groups)),
+               (pretrain, "momentum_update", momentum_update), (pretrain, "save_composites", lambda *_: None),
+               (pretrain, "save", lambda *_: ""), *patches]
+    with tempfile.TemporaryDirectory() as settings.out, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for place, name, value in patches:
+            stack.enter_context(mock.patch.object(place, name, value))
+        pretrain.main(0, DEVICE, settings, paths, "none")
+
+
+def step_seconds(settings, count):
+    """Of each step but the first two and the last."""
+    began = []
+    run_steps(settings, count + 3, lambda: began.append(now()))
+    return [after - before for before, after in zip(began, began[1:])][2:]
+
+
+def make_encoder(arch, settings, device):
+    fpn = arch == "fpn"
+    encoder = insloc.FPNEncoder(settings.resnet) if fpn else insloc.C4Encoder(settings.resnet, 128, settings.roi_size)
+    return encoder.to(device, memory_format=torch.channels_last)
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------
+
+def loader(args):
+    """CPU time an image. A worker's is that of its process, hand-over to the parent included."""
+    paths = images_of(args)
+    torch.set_num_threads(1)
+    textbook = Textbook(paths)
+    some = random.Random(0).choices(range(len(paths)), k=args.count)
+    raw = [torch.from_numpy(np.fromfile(os.fsdecode(paths[i]), dtype=np.uint8)) for i in some]
+
+    def timed(work):
+        def once():
+            started = time.process_time()
+            for i in range(args.count):
+                work(i)
+            return (time.process_time() - started) / args.count * 1e3
+        return once
+
+    def process(groups):
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        keys = list(itertools.islice(insloc.batches(len(paths), 32, 32, groups), groups))
+        for group in torch.utils.data.DataLoader(insloc.Views(paths), batch_sampler=keys, num_workers=1,
+                                                 collate_fn=insloc.MakeGroup()):
+            del group
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+
+    groups = -(-args.count // 8)                # start and end, which a run pays once, fall out of a difference
+    times = in_turns(
+        args.rounds, worker=lambda: (process(1 + groups) - process(1)) / (32 * groups) * 1e3,
+        decode=timed(lambda i: image_io.decode_jpeg(raw[i], mode=image_io.ImageReadMode.RGB)),
+        textbook=timed(lambda i: textbook[some[i]]))
+    return [{"row": "loader", **{f"ms an image, {name}": median(values) for name, values in times.items()},
+             "textbook / ours": ratio(times["textbook"], times["worker"]),
+             "decode / ours": ratio(times["decode"], times["worker"])}]
 
 
 def train(args):
-    paths = images_of(args)
     settings = pretrain.get_args([args.images, *settings_of(args)])
-    epochs = str(-(-(args.count // 10 + 20) // (len(paths) // settings.batch_size)))
-    lines = run_program(args, "--epochs", epochs, "--log-every", "10")[1:]                      # the first warms up
+    paths = images_of(args)
+    epochs = -(-(args.count // 10 + 20) // (len(paths) // settings.batch_size))
+    lines = run_program(args, "--epochs", str(epochs), "--log-every", "10")[1:]             # the first warms up
     theirs, their_step = textbook_loop(args, settings, paths, max(3, args.count // 40))
-    times, resumed = [], []
+    ours = median(line["images_per_s"] for line in lines)
+    our_step = settings.batch_size / median(step_seconds(settings, args.rounds))
+    return [{"row": f"train {args.arch}", "images/s": ours, "data_wait": median(line["data_wait"] for line in lines),
+             "textbook images/s": theirs, "ours / textbook": ours / theirs,
+             "step alone, ours / textbook": our_step / their_step}]
+
+
+def step(args):
+    """Each step of the program is followed by the encoder passes alone: keys forward, queries with backward."""
+    settings = pretrain.get_args(["none", *settings_of(args)])
+    q, k = (make_encoder(args.arch, settings, DEVICE) for _ in range(2))
+    view = random_groups(settings)[0]["query"]
+    images = pretrain.augment(view, settings, DEVICE)
+    boxes = pretrain.boxes_of(view, settings, DEVICE)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    steps, bares, resumed = [], [], []
+
+    def bare():
+        q.zero_grad()
+        for _ in range(settings.batch_size // settings.bn_group):
+            with torch.no_grad(), autocast:
+                k(images, boxes)
+            with autocast:
+                out = q(images, boxes)
+            out.sum().backward()
 
     def at_step():
-        times.append(now() - resumed[0]) if resumed else None
-        resumed[:] = [now()]
+        began = now()
+        if resumed:
+            steps.append(began - resumed[-1])
+            bare()
+            bares.append(now() - began)
+        resumed.append(now())
 
-    run_steps(settings, 8, at_step)
-    ours = statistics.median(line["images_per_s"] for line in lines)
-    our_step = settings.batch_size / statistics.median(times[2:])
-    return [{"row": f"train {args.arch}", "settings": " ".join(settings_of(args)), "images/s": ours,
-             "data_wait": statistics.median(line["data_wait"] for line in lines), "textbook images/s": theirs,
-             "ours / textbook": ours / theirs, "step alone, ours / textbook": our_step / their_step}]
-
-
-# ---- memory ------------------------------------------------------------------------------------------------
-
-def proportional(pid):
-    """MB of a process's memory, shared pages divided among those who share them."""
-    with open(f"/proc/{pid}/smaps_rollup") as f:
-        return sum(int(line.split()[1]) for line in f if line.startswith("Pss:")) / 1e3
+    run_steps(settings, args.rounds + 3, at_step)
+    return [{"row": f"step {args.arch}", "ms_step": median(steps[2:]) * 1e3, "ms_bare": median(bares[2:]) * 1e3,
+             "step / bare": ratio(steps[2:], bares[2:])}]
 
 
-class Touch(torch.utils.data.Dataset):
-    """Reads paths all over the index, as training does."""
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        return sum(len(self.paths[i]) for i in range(index, len(self.paths), 64 * 13))
+def compile(args):
+    plain, compiled = (median(step_seconds(pretrain.get_args(["none", *settings_of(args, *more)]), args.rounds))
+                       for more in ((), ("--compile",)))
+    return [{"row": f"compile {args.arch}", "ms_step": plain * 1e3, "ms_step, compiled": compiled * 1e3,
+             "without / with": plain / compiled}]
 
 
-def index_rank(rank, paths, queue, go_on):
-    loader = iter(torch.utils.data.DataLoader(Touch(paths), num_workers=8, multiprocessing_context="fork"))
-    for _ in range(63):
-        next(loader)
-    queue.put(sum(proportional(pid) for pid in [os.getpid(), *(w.pid for w in loader._workers)]))
-    go_on.wait()
-
-
-def index_memory(paths, ranks=8):
-    """MB that 8 ranks with 8 loader workers each have, all together."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue, go_on = context.Queue(), context.Event()
-    run = torch.multiprocessing.start_processes(index_rank, (paths, queue, go_on), ranks, join=False)
-    total = sum(queue.get(timeout=300) for _ in range(ranks))
-    go_on.set()
-    run.join()
-    return total
+def precision(args):
+    size = pretrain.get_args(["none", *settings_of(args)]).batch_size
+    steps = 10 if args.tiny else 200
+    more = ["--epochs", str(-(-steps // (len(images_of(args)) // size))), "--log-every", str(steps // 10)]
+    half, full = ([line["loss"] for line in run_program(args, *more, "--precision", name)][:10]
+                  for name in ("bf16", "fp32"))
+    return [{"row": f"precision {args.arch}", "steps": steps, "bf16, loss of each tenth": half, "fp32": full,
+             "largest difference, %": max(abs(a / b - 1) for a, b in zip(half, full)) * 100}]
 
 
 def memory(args):
     rows = []
-    for arch in ("c4", "fpn"):
-        args.arch, row = arch, {"row": f"memory {arch}", "GB batch 256": "not run: no GPU",
-                                   "GB batch 512": "not run: no GPU"}
-        for batch in (256, 512) if CUDA else ():
-            settings = pretrain.get_args(["none", *settings_of(args), "--batch-size", str(batch)])
-            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+    for args.arch in ("c4", "fpn") if CUDA else ():
+        row = {"row": f"memory {args.arch}"}
+        for groups in (8, 16):
+            settings = pretrain.get_args(["none", *settings_of(args)])
+            settings.batch_size = groups * settings.bn_group
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             run_steps(settings, 3, lambda: None)
-            row[f"GB batch {batch}"] = torch.cuda.max_memory_allocated() / 1e9
+            row[f"GB with {groups} groups"] = torch.cuda.max_memory_allocated() / 1e9
         rows.append(row)
 
     paths = images_of(args)
-    keys = list(batches(len(paths), 32, 32, 20 + args.count * 32 // len(paths)))[:args.count]
-    loader = iter(torch.utils.data.DataLoader(Views(paths), batch_sampler=keys, collate_fn=MakeGroup(), num_workers=1))
-    pid, megabytes = loader._workers[0].pid, []
-    for _ in range(len(keys) - 3):
-        next(loader)
-        with open(f"/proc/{pid}/status") as f:
+    count = 8 + args.count // 4
+    keys = list(itertools.islice(insloc.batches(len(paths), 32, 32, count), count))
+    groups = iter(torch.utils.data.DataLoader(insloc.Views(paths), batch_sampler=keys, num_workers=1,
+                                              collate_fn=insloc.MakeGroup()))
+    megabytes = []
+    for _ in range(count - 3):                          # the worker has ended when the last ones are taken
+        next(groups)
+        with open(f"/proc/{groups._workers[0].pid}/status") as f:
             megabytes.append(next(int(line.split()[1]) / 1e3 for line in f if line.startswith("RssAnon")))
-    rows.append({"row": "memory worker", "groups of 32": len(megabytes),
-                 "MB after a tenth": megabytes[len(megabytes) // 10],
-                 "MB at the end": megabytes[-1], "MB at most": max(megabytes)})
-
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(1300):
-            os.mkdir(os.path.join(folder, f"n{i:08d}"))
-        for i in range(1000):
-            open(os.path.join(folder, f"n01440764_{i:05d}.JPEG"), "w").close()
-        with open(os.path.join(folder, "list.txt"), "w") as f:
-            f.writelines(f"n{i:08d}/../n01440764_{j:05d}.JPEG\n" for i in range(1300) for j in range(1000))
-        began = time.perf_counter()
-        index = pretrain.find_images(argparse.Namespace(data=f.name, out=os.devnull, resume=False, batch_size=32))
-        took = time.perf_counter() - began
-    many, few = index_memory(index), index_memory(PathList([index.name(i) for i in range(1000)]))
-    rows.append({"row": "memory index", "paths": len(index), "s to build": took,
-                 "MB of the index": (index.data.nbytes + index.ends.nbytes) / 1e6,
-                 "MB more in 8 x (1 + 8) processes than with 1000 paths": many - few})
-    return rows
-
-
-# ---- ranks -------------------------------------------------------------------------------------------------
-
-def counting_rank(rank, settings, paths, rendezvous, queue):
-    """pretrain.main, with what goes through torch.distributed counted: bytes that leave this rank, by their kind."""
-    sent, to_all, to_each, reduce = {}, dist.all_gather, dist.all_to_all_single, dist.all_reduce
-
-    def all_to_all(received, rows, output_split_sizes, input_split_sizes):
-        kind = "images" if rows.dtype == torch.uint8 else "boxes and parameters"
-        away = sum(input_split_sizes) - input_split_sizes[rank]
-        sent[kind] = sent.get(kind, 0) + away * rows[0].nbytes
-        return to_each(received, rows, output_split_sizes=output_split_sizes, input_split_sizes=input_split_sizes)
-
-    def all_gather(parts, rows):
-        kind = "embeddings" if rows.dim() == 3 else "statistics"
-        sent[kind] = sent.get(kind, 0) + rows.nbytes * (settings.nprocs - 1)
-        return to_all(parts, rows)
-
-    def all_reduce(values, *arguments, **more):
-        sent["flags and totals"] = sent.get("flags and totals", 0) + values.nbytes
-        return reduce(values, *arguments, **more)
-
-    dist.all_to_all_single, dist.all_gather, dist.all_reduce = all_to_all, all_gather, all_reduce
-    pretrain.main(rank, settings, paths, rendezvous)
-    queue.put(sent)
+    return [*rows, {"row": "memory worker", "groups of 32": len(megabytes), "MB after a tenth":
+                    megabytes[len(megabytes) // 10], "MB at the end": megabytes[-1]}]
 
 
 def ranks(args):
-    paths, world, size, rows = images_of(args), 8, 64, []
-    with tempfile.TemporaryDirectory() as out:
-        settings = pretrain.get_args(f"none --arch c4 --resnet resnet18 --image-size {size} --batch-size 32 --bn-group 4 "
-                                     f"--queue-size 64 --epochs 2 --workers 0 --nprocs {world} --device cpu --precision "
-                                     f"fp32 --out {out}".split())
-        steps = 2 * (len(paths) // 32)
-        context = torch.multiprocessing.get_context("spawn")
-        queue = context.SimpleQueue()
-        run = torch.multiprocessing.start_processes(counting_rank, (settings, paths, f"file://{out}/meet", queue), world,
-                                                    join=False)
-        sent = [queue.get() for _ in range(world)]
-        run.join()
-    mean = {kind: sum(counts[kind] for counts in sent) / world / steps for kind in sent[0]}
-    floats = (world - 1) * 32 // world * 3 * size ** 2 * 4
-    rows.append({"row": "ranks, bytes a rank and step", "settings": f"{world} ranks, 32 images of {size} px, {steps} steps",
-                 **{f"sent, {kind}": value for kind, value in mean.items()}, "all-gather of float images": floats,
-                 "all-gather / ours": floats / mean["images"]})
-    args.arch = "c4"
-    speeds = in_turns(args.rounds, **{f"processes_{n}": lambda n=n: run_program(
-        args, "--epochs", "1", "--nprocs", str(n), "--workers", "1", "--log-every", "2",
-        OMP_NUM_THREADS="1")[-1]["images_per_s"] for n in (1, 2)})
-    rows.append({"row": "ranks, speed", "settings": " ".join(settings_of(args)),
-                 **{f"images/s {name}": statistics.median(values) for name, values in speeds.items()},
-                 "two / one": ratio(speeds["processes_2"], speeds["processes_1"])})
+    def speed(count):
+        lines = run_program(args, "--epochs", "1", "--nprocs", str(count), "--workers", "1", "--log-every", "2",
+                            "--device", "cpu", "--precision", "fp32", OMP_NUM_THREADS="1")
+        return lines[-1]["images_per_s"]
+
+    speeds = in_turns(args.rounds, one=lambda: speed(1), two=lambda: speed(2))
+    return [{"row": "ranks", **{f"images/s, {name}": median(values) for name, values in speeds.items()},
+             "two / one": ratio(speeds["two"], speeds["one"])}]
+
+
+def measure_parts(arch, settings, device, measure):
+    """measure(name, work, times a step, of 8 groups) for each part of a step of the paper's recipe."""
+    encoder_q, encoder_k = (make_encoder(arch, settings, device) for _ in range(2))
+    queue = insloc.KeyQueue(settings.queue_size, 128, len(encoder_q.levels)).to(device)
+    optimizer = torch.optim.SGD(encoder_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4,
+                                foreach=device.type == "cuda")              # its default, but not for fake tensors
+    view = random_groups(settings)[0]["query"]
+    view["images"] = view["images"].to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+    def forward(encoder):
+        with autocast:
+            return encoder(images, pretrain.boxes_of(view, settings, device))
+
+    images = measure("augment", lambda: pretrain.augment(view, settings, device))
+    with torch.no_grad():
+        k = measure("key forward", lambda: forward(encoder_k))
+    q = measure("query forward", lambda: forward(encoder_q))
+    loss, _ = measure("loss", lambda: insloc.info_nce(q, k, queue.keys))
+    measure("backward", lambda: loss.sum().backward())
+    measure("optimizer", optimizer.step)
+    measure("momentum update", lambda: insloc.momentum_update(encoder_k, encoder_q))
+    measure("enqueue", lambda: queue.enqueue(k.repeat(settings.batch_size // len(k), 1, 1)))
+    return encoder_q, queue
+
+
+def kernels(args):
+    """Counted on a GPU that is not there; backward cannot run there. An upper bound: an indexed tensor counts whole."""
+    if why := fake_cuda.missing():
+        sys.exit(f"bench.py: error: {why}")
+    rows = []
+    for arch in ("c4", "fpn"):
+        gpu = fake_cuda.FakeGPU()
+        saved = {}
+
+        def keep(x):                                    # what autograd saves for backward, each memory once
+            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        def measure(name, work):
+            gpu.start_counting()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                result = work()
+            if name != "backward":
+                rows.append({"row": f"kernels {arch}, {name}", "kernels": gpu.kernels, "GB": gpu.bytes / 1e9,
+                             "copies to the GPU": len(gpu.copies)})
+            return result
+
+        with fake_cuda.gpu_here(gpu), gpu:
+            settings = pretrain.get_args(["none", "--arch", arch, "--nprocs", "1", "--device", "cuda"])
+            encoder, queue = measure_parts(arch, settings, torch.device("cuda", 0), measure)
+            own = {x.untyped_storage()._cdata for x in [*encoder.parameters(), queue.keys]}
+            saved_bytes = sum(nbytes for memory, nbytes in saved.items() if memory not in own)
+            fixed_bytes = 4 * sum(p.nbytes for p in encoder.parameters()) + queue.keys.nbytes
+        rows.append({"row": f"kernels {arch}, memory", "GB saved for backward": saved_bytes / 1e9,
+                     "GB with parameters x 4 and queue": (saved_bytes + fixed_bytes) / 1e9})
     return rows
 
 
-# ---- precision ---------------------------------------------------------------------------------------------
+def parts(args):
+    """Of each part's second run: its time, on a GPU also the kernels that ran and their time."""
+    rows = []
 
-def precision(args):
-    paths = images_of(args)
-    size = pretrain.get_args(["none", *settings_of(args)]).batch_size
-    more = ["--epochs", str(-(-200 // (len(paths) // size))), "--log-every", "20"]
-    half, full = ([line["loss"] for line in run_program(args, *more, "--precision", name)][:10]
-                  for name in ("bf16", "fp32"))
-    return [{"row": f"precision {args.arch}", "settings": " ".join(settings_of(args, *more)),
-             "bf16, means of 20 steps": [round(x, 4) for x in half], "fp32, the same": [round(x, 4) for x in full],
-             "largest difference, %": max(abs(a / b - 1) for a, b in zip(half, full)) * 100}]
+    def measure(name, work):
+        if name != "backward":                          # it frees what it needs
+            work()
+        began = now()
+        with torch.profiler.profile() if CUDA else contextlib.nullcontext() as profiler:
+            result = work()
+            row = {"row": f"parts {args.arch}, {name}", "ms": (now() - began) * 1e3}
+        if CUDA:
+            ran = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
+                   and not event.name.startswith(("Memcpy", "Memset"))]
+            row["kernels"] = len(ran)
+            row["ms on the GPU"] = sum(event.time_range.elapsed_us() for event in ran) / 1e3
+        rows.append(row)
+        return result
 
-
-# ---- long --------------------------------------------------------------------------------------------------
-
-class Tiny(torchvision.models.ResNet):
-    """A ResNet-18 of one block a stage and an eighth of the width: 20,000 steps in minutes."""
-
-    def __init__(self, weights=None):
-        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-        self.fc = torch.nn.Linear(64, 1)
-
-    def _make_layer(self, block, planes, *rest, **options):
-        return super()._make_layer(block, planes // 8, *rest, **options)
-
-
-def launch_tiny():
-    torchvision.models.resnet18 = Tiny
-    pretrain.launch()
-
-
-PROGRAM = [sys.executable, "-c", f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); "
-           "import bench; bench.launch_tiny()"]
-TINY = ("--arch c4 --resnet resnet18 --image-size 32 --batch-size 6 --bn-group 3 --queue-size 32 --lr .001 --workers 1 "
-        "--nprocs 1 --device cpu").split()
-
-
-def own_memory(pid):
-    """MB of a process that no file backs: of torch's libraries the share falls and rises with others that use them."""
-    with open(f"/proc/{pid}/status") as f:
-        return sum(int(line.split()[1]) for line in f if line.startswith(("RssAnon", "RssShmem"))) / 1000
-
-
-def long(args):
-    """20,000 steps through the whole program; every ten seconds memory and open files of each of its processes."""
-    paths = images_of(args)
-    epochs = -(-args.steps // (len(paths) // 6))
-    with tempfile.TemporaryDirectory() as out:
-        command = [*PROGRAM, *TINY, "--epochs", str(epochs), *"--save-steps 500 --keep 3 --log-every 100".split()]
-        run = subprocess.Popen([*command, "--out", out, args.images],
-                               stdout=subprocess.DEVNULL)
-        seen = []                                                           # (MB, open files) of main and worker
-        while run.poll() is None:
-            time.sleep(10)
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{run.pid}/task/{run.pid}/children") as f:
-                    pids = [run.pid, *map(int, f.read().split())]
-                seen.append([(own_memory(pid), len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids])
-        with open(os.path.join(out, "log.jsonl")) as f:
-            lines = [line for line in map(json.loads, f) if "loss" in line]
-        kept, log_size = len(glob.glob(os.path.join(out, "checkpoint_0*"))), os.path.getsize(f.name)
-    seen = [sample for sample in seen if len(sample) == 2]
-    tenth, last = seen[len(seen) // 10], seen[-2]
-    return [{"row": "long", "status": run.returncode, "steps": lines[-1]["step"], "minutes": len(seen) / 6,
-             **{f"{who}, {what}, {when}": sample[i][j] for i, who in enumerate(("main", "worker"))
-                for j, what in enumerate(("MB", "open files"))
-                for when, sample in (("after a tenth", tenth), ("at the end", last))},
-             "bytes of log a line": log_size / len(lines), "numbered checkpoints": kept}]
-
-
-def kills(args):
-    """The run killed at random times, started again by the same command until it is done; and the run left alone."""
-    rng, killed, early, states = random.Random(args.seed), [], 0, []                    # early: no checkpoint yet
-    with tempfile.TemporaryDirectory() as folder:
-        names = os.path.join(folder, "images.txt")
-        with open(names, "w") as f:
-            paths = images_of(args)
-            f.write("\n".join(os.path.abspath(paths[i]) for i in range(60)))
-        for out, left_alone in ((f"{folder}/whole", True), (f"{folder}/killed", False)):
-            command = [*PROGRAM, names, *TINY, "--epochs", "100", "--save-steps", "7", "--resume",
-                       "--out", out]
-            while True:
-                run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       start_new_session=True)
-                try:
-                    run.wait(None if left_alone or len(killed) == 60 else rng.uniform(0.5, 15))
-                    break
-                except subprocess.TimeoutExpired:
-                    number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-                    os.killpg(run.pid, number)
-                    killed.append((number.name, run.wait()))
-                    early += not os.path.exists(os.path.join(out, "checkpoint.pth"))
-            states.append({**pretrain.read_file(os.path.join(out, "checkpoint.pth")), "args": None})
-    parts = ("step", "encoder_q", "encoder_k", "queue", "optimizer", "statistics")
-    return [{"row": "kills", "status": run.returncode, "steps": states[1]["step"], "kills": len(killed),
-             "before a checkpoint": early, "by signal": ", ".join(f"{name} {sum(n == name for n, _ in killed)}"
-                                                                  for name in ("SIGKILL", "SIGTERM", "SIGINT")),
-             "same bits": all(repr(flat(states[0][part])) == repr(flat(states[1][part])) for part in parts)}]
-
-
-def flat(x):
-    """Tensors in dicts and lists as bytes."""
-    if isinstance(x, dict):
-        return {name: flat(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [flat(value) for value in x]
-    return x.numpy().tobytes() if isinstance(x, torch.Tensor) else x
+    measure_parts(args.arch, pretrain.get_args(["none", *settings_of(args)]), DEVICE, measure)
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", choices=["loader", "step", "train", "memory", "ranks", "precision", "long", "kills"])
+    rows = (train, loader, step, compile, precision, memory, ranks, kernels, parts)
+    add("row", choices=[function.__name__ for function in rows])
     add("images", nargs="?", help="a folder or list of JPEGs, of the size that ImageNet has them")
     add("--arch", choices=["c4", "fpn"], default="c4")
     add("--json", help="append the rows to this file")
     add("--rounds", type=int, default=5)
-    add("--count", type=int, default=320, help="images a round (loader), groups (memory), a tenth of steps (train)")
-    add("--steps", type=int, default=20_000, help="of long")
-    add("--seed", type=int, default=0, help="of kills")
-    ours, theirs = sys.argv[1:], []
-    if "--" in ours:
-        ours, theirs = ours[:ours.index("--")], ours[ours.index("--") + 1:]
-    args = parser.parse_args(ours)
+    add("--count", type=int, default=320, help="images a round (loader), 4 x groups (memory), 10 x steps (train)")
+    add("--tiny", action="store_true", help="only see whether it runs")
+    ours = sys.argv[1:]
+    theirs = ours[ours.index("--") + 1:] if "--" in ours else []
+    args = parser.parse_args(ours[:len(ours) - len(theirs)])
     args.pretrain = theirs
-    for row in globals()[args.command](args):
-        row = {"machine": machine(), "command": "python " + " ".join(sys.argv), **row}
-        for name, value in row.items():
-            print(f"{name:28s} {value:.4g}" if isinstance(value, float) else f"{name:28s} {value}")
-        print(flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.images and args.row in ("train", "loader", "precision", "memory", "ranks"):
+            made_up_pictures(folder, 64 if args.tiny else 1024)
+            args.images = folder
+        found = globals()[args.row](args)
+    for row in found:
+        for name, value in list(row.items())[1:]:
+            print(f"| {row['row']} | {name} | {f'{value:.4g}' if isinstance(value, float) else value} |", flush=True)
         if args.json:
             with open(args.json, "a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps({"machine": machine(), "command": "bench.py " + " ".join(sys.argv[1:]), **row}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,49 @@
-"""finetune_det.py: protocols key by key, features equal to detectron2's, what is loaded and what is left,
-data checks, and a real training that is killed, resumed and evaluated."""
+"""finetune_det.py: protocols key by key, features equal to detectron2's, what is loaded and what is left, the
+rehearsal and what it finds, and (slow) trainings that are killed, resumed and evaluated."""
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 import toy
+from PIL import Image
 
 import finetune_det as ft
+import stage
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from insloc import PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, Weights, read_weights, to_detectron2
+from insloc import C4Encoder, FPNEncoder
+from weights import INPUTS, Weights, read_weights, to_detectron2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = ("INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TRAIN 128 INPUT.MAX_SIZE_TEST 128 "
          "SOLVER.IMS_PER_BATCH 2 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.POST_NMS_TOPK_TEST 20 "
          "TEST.DETECTIONS_PER_IMAGE 10 TEST.PRECISE_BN.NUM_ITER 2 DATALOADER.NUM_WORKERS 0").split()
+RANDOM = Weights({}, {}, "resnet50", "random init", *INPUTS["imagenet"], ())
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "world"
-    toy.write_world(str(out), train=0, val=0, det_train=20, det_val=5)
+    toy.write_world(str(out), train=0, val=0, det_train=20, det_val=8)
     return out
 
 
@@ -133,46 +142,70 @@ def test_every_protocol_is_what_the_papers_code_states(protocol, fpn):
 
 
 def test_baselines_of_fpn_have_no_extra_norm():
-    cfg, _ = ft.build_config("coco-fpn-1x", None)
+    cfg, _ = ft.build_config("coco-fpn-1x", RANDOM)
     assert cfg.MODEL.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead"
 
 
-def test_the_weights_bring_their_input_and_depth(tmp_path):
-    state = C4Encoder("resnet101").resnet.state_dict()
-    torch.save({"module." + name: x for name, x in state.items()}, tmp_path / "swav.pth")
-    cfg, _ = ft.build_config("coco-fpn-1x", read_weights(str(tmp_path / "swav.pth")))
-    assert cfg.MODEL.PIXEL_STD == [58.14, 57.12, 57.375] and cfg.MODEL.RESNETS.DEPTH == 101
-    swapped = Weights({}, {}, "", PIXEL_MEAN[::-1], PIXEL_STD[::-1], "BGR", ())
-    cfg, _ = ft.build_config("coco-fpn-1x", swapped)
-    assert cfg.INPUT.FORMAT == "BGR" and cfg.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+@pytest.mark.parametrize("word, want", [
+    ("imagenet", ("RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], False)),
+    ("zero-one", ("RGB", [0.0, 0.0, 0.0], [255.0, 255.0, 255.0], False)),
+    ("caffe", ("BGR", [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], True))])
+def test_input_says_what_the_weights_were_trained_on(word, want, tmp_path):
+    torch.save(FPNEncoder("resnet34").resnet.state_dict(), tmp_path / "a.pth")
+    for weights, depth in ((str(tmp_path / "a.pth"), 34), ("random", 50)):
+        args = ft.get_args([weights, "--protocol", "voc-c4", "--data", "x", "--input", word])
+        cfg, _ = ft.build_config("coco-fpn-1x", ft.get_weights(args))
+        assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD,
+                cfg.MODEL.RESNETS.STRIDE_IN_1X1) == want
+        assert cfg.MODEL.RESNETS.DEPTH == depth
 
 
 @pytest.mark.parametrize("world, opts, want", [
-    (1, [], (2, 0.0025, 720000, (480000, 640000), 8000)), (4, [], (8, 0.01, 180000, (120000, 160000), 2000)),
-    (5, [], (10, 0.0125, 144000, (96000, 128000), 1600)), (8, [], (16, 0.02, 90000, (60000, 80000), 1000)),
-    (16, [], (16, 0.02, 90000, (60000, 80000), 1000)),
+    (1, [], (2, 0.0025, 720000, (480000, 640000), 8000)), (2, [], (4, 0.005, 360000, (240000, 320000), 4000)),
+    (4, [], (8, 0.01, 180000, (120000, 160000), 2000)), (8, [], (16, 0.02, 90000, (60000, 80000), 1000)),
+    (5, [], (10, 0.0125, 144000, (96000, 128000), 1600)),
+    (16, [], (32, 0.04, 45000, (30000, 40000), 500)),
+    (16, ["SOLVER.IMS_PER_BATCH", "16"], (16, 0.02, 90000, (60000, 80000), 1000)),
     (1, ["SOLVER.IMS_PER_BATCH", "16"], (16, 0.02, 90000, (60000, 80000), 1000)),
     (1, ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.1"], (4, 0.1, 360000, (240000, 320000), 4000)),
     (1, ["SOLVER.MAX_ITER", "900"], (2, 0.0025, 900, (600, 800), 10)),
     (1, ["SOLVER.MAX_ITER", "900", "SOLVER.STEPS", "(5, 6)", "SOLVER.WARMUP_ITERS", "7"],
      (2, 0.0025, 900, (5, 6), 7))])
 def test_linear_rule(world, opts, want):
-    cfg, notes = ft.build_config("coco-c4-1x", world=world, opts=opts)
+    cfg, notes = ft.build_config("coco-c4-1x", RANDOM, world=world, opts=opts)
     got = cfg.SOLVER
     assert (got.IMS_PER_BATCH, got.BASE_LR, got.MAX_ITER, got.STEPS, got.WARMUP_ITERS) == want
+    assert got.CHECKPOINT_PERIOD == 5000
     paper = (16, 0.02, 90000, (60000, 80000), 1000)
-    assert len(notes) == sum(a != b for a, b in zip(want, paper))           # each difference is said
+    rules = [line for line in notes if line.startswith("SOLVER.")]
+    assert len(rules) == sum(a != b for a, b in zip(want, paper))           # each difference is said
 
 
-@pytest.mark.parametrize("protocol, opts, said", [
-    ("coco-c4-1x", ["SOLVER.NO_SUCH", "3"], "override"),
-    ("coco-c4-1x", ["SOLVER.MAX_ITER", "many"], "override"),
-    ("coco-c4-1x", ["MODEL.RESNETS.DEPTH", "18"], "needs an fpn protocol"),
-    ("coco-c4-1x", ["SOLVER.IMS_PER_BATCH", "5"], "does not divide by 2")])
-def test_impossible_configurations_are_one_line(protocol, opts, said):
-    with pytest.raises(SystemExit) as error:
-        ft.build_config(protocol, world=2, opts=opts)
-    assert said in str(error.value) and "\n" not in str(error.value)
+def test_a_smaller_batch_of_batchnorm_is_said():
+    _, notes = ft.build_config("coco-fpn-1x", RANDOM, world=1)
+    assert "sees 2 images at a time, paper 16" in notes[-1] and "SOLVER.IMS_PER_BATCH 16" in notes[-1]
+    _, notes = ft.build_config("coco-fpn-1x", RANDOM, world=1, opts=["SOLVER.IMS_PER_BATCH", "16"])
+    assert not notes
+    _, notes = ft.build_config("coco-fpn-1x", RANDOM, world=8, device="cpu")
+    assert "sees 2 images" in notes[-1] and "SyncBatchNorm does not run" in notes[-2]
+
+
+@pytest.mark.parametrize("protocol", ["voc-c4", "coco-fpn-1x", "coco-c4-2x"])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 9])
+def test_few_iterations_have_a_schedule(protocol, iterations):
+    cfg, _ = ft.build_config(protocol, RANDOM, world=1, opts=["SOLVER.MAX_ITER", str(iterations)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = ft.Trainer.build_lr_scheduler(cfg, optimizer)
+    for _ in range(iterations):
+        optimizer.step()
+        scheduler.step()
+    assert all(0 < step < iterations for step in cfg.SOLVER.STEPS)
+
+
+def test_every_override_is_said():
+    _, notes = ft.build_config("coco-c4-1x", RANDOM, opts=["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64",
+                                                           "TEST.EVAL_PERIOD", "100"])
+    assert notes == ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64, paper 512 (given)"]
 
 
 # ---- weights in detectron2's models
@@ -219,7 +252,7 @@ def test_a_trunk_alone_leaves_neck_and_head_of_fpn(c4):
 def test_weights_that_do_not_fit_the_overrides_are_refused(opts, fpn):
     cfg, _ = ft.build_config("coco-fpn-1x", fpn[1], device="cpu")
     cfg.merge_from_list(opts)
-    with pytest.raises(ValueError, match="do not fit|would stay"):
+    with pytest.raises(ValueError, match="do not fit"):
         ft.load_weights(build_model(cfg), fpn[1], "fpn")
 
 
@@ -268,259 +301,617 @@ def test_fpn_features_are_detectron2s(fpn):
     assert (x[:, None] - features).abs().amax(dim=2).amin(dim=1).max() < 1e-4 * x.abs().max()
 
 
-def test_export_loads_by_detectron2s_own_checkpointer(fpn, tmp_path, capsys):
+@pytest.mark.parametrize("protocol, arch, left", [("coco-fpn-1x", "fpn", 38), ("coco-c4-1x", "c4", 14)])
+def test_export_loads_by_detectron2s_own_checkpointer(protocol, arch, left, fpn, tmp_path, capsys):
+    """The model is built from detectron2's own YAML and nothing but the keys that are printed."""
     saved(fpn[0], tmp_path, "fpn")
-    out = str(tmp_path / "w.pkl")
-    ft.export(ft.get_args([str(tmp_path), "--protocol", "coco-fpn-1x", "--export", out]))
+    out = str(tmp_path / "w.pth")
+    ft.export(ft.get_args([str(tmp_path), "--protocol", protocol, "--export", out]))
     printed = capsys.readouterr().out
+    base, keys = re.search(r"detectron2's (\S+) and (MODEL.WEIGHTS .*)", printed).groups()
     assert "MODEL.PIXEL_MEAN [123.675,116.28,103.53] " in printed
-    cfg = get_cfg()                                     # Base-RCNN-FPN.yaml, and nothing but what is printed
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
-                         "MODEL.RESNETS.OUT_FEATURES", "res2,res3,res4,res5".split(","),
-                         "MODEL.FPN.IN_FEATURES", "res2,res3,res4,res5".split(","),
-                         "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]],
-                         "MODEL.RPN.IN_FEATURES", "p2,p3,p4,p5,p6".split(","),
-                         "MODEL.ROI_HEADS.NAME", "StandardROIHeads",
-                         "MODEL.ROI_HEADS.IN_FEATURES", "p2,p3,p4,p5".split(","),
-                         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 7,
-                         *printed.partition(" and ")[2].replace(" SyncBN", " BN").split()])    # a CPU has no SyncBN
+    cfg = get_cfg()
+    cfg.merge_from_file(os.path.join(os.path.dirname(ft.detectron2.__file__), "model_zoo", "configs", base))
+    keys = keys.replace(" SyncBN", " BN")                           # a CPU has no SyncBN
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *keys.split()])
     model = build_model(cfg)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    state = model.state_dict()
-    assert all(torch.equal(state[name], x) for name, x in to_detectron2(fpn[1], "fpn").items())
-    assert len(read_weights(out).extras) == 74                  # and our reader takes it, without trust
+    after, ours = model.state_dict(), to_detectron2(fpn[1], arch)
+    assert all(torch.equal(after[name], x) for name, x in ours.items())
+    assert len(after.keys() - ours.keys()) == left
+    assert all(torch.equal(after[name], before[name]) for name in after.keys() - ours.keys())
+    assert set(torch.load(out, weights_only=True)) == {"model"}             # no NumPy, no code
 
 
-def test_msras_pickle_goes_through_detectron2(c4, tmp_path):
-    """A file in Caffe2's names, made from a known trunk: all convolutions arrive; BGR, stride in the 1x1."""
-    own = c4[1].backbone
+def caffe2_blobs(own):
+    """A known trunk in Caffe2's names, as MSRA's R-50.pkl."""
     blobs = {"conv1_w": own["conv1.weight"], "res_conv1_bn_s": own["bn1.weight"],
              "res_conv1_bn_b": own["bn1.bias"]}
     for name, x in own.items():
         match = re.match(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(weight|bias)$", name)
         if match:
-            stage, block, kind, number, what = match.groups()
+            stage_number, block, kind, number, what = match.groups()
+            branch, norm = "branch2" + " abc"[int(number)], kind == "bn"
             if kind == "downsample.":
                 branch, norm = "branch1", number == "1"
-            else:
-                branch, norm = "branch2" + " abc"[int(number)], kind == "bn"
             what = f"_bn_{'s' if what == 'weight' else 'b'}" if norm else "_w"
-            blobs[f"res{int(stage) + 1}_{block}_{branch}{what}"] = x
+            blobs[f"res{int(stage_number) + 1}_{block}_{branch}{what}"] = x
+    return {name: x.numpy() for name, x in blobs.items()}
+
+
+def test_msras_pickle_is_refused_without_input_and_equals_detectron2s_reading(c4, tmp_path):
     path = str(tmp_path / "R-50.pkl")
     with open(path, "wb") as f:
-        pickle.dump({name: x.numpy() for name, x in blobs.items()}, f, protocol=2)
-    weights, file = ft.get_weights(ft.get_args([path, "--protocol", "voc-c4", "--data", "x"]))
-    cfg, _ = ft.build_config("voc-c4", weights, device="cpu", msra=bool(file))
-    assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("BGR", True)
-    assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0])
-    model = build_model(cfg)
-    ft.load_weights(model, weights, "c4", file)
-    state = model.state_dict()
-    assert all(torch.equal(state[name], x) for name, x in to_detectron2(c4[1], "c4").items()
-               if name.endswith((".weight", ".bias")))
-    for gone, named in (("res4_3_branch2b_w", "res4.3.conv2.weight"),   # a layer less: refused, not left at random
-                        ("res2_0_branch2a_bn_b", "res2.0.conv1.norm.bias")):
-        with open(path, "wb") as f:
-            pickle.dump({name: x.numpy() for name, x in blobs.items() if name != gone}, f, protocol=2)
-        _, file = ft.get_weights(ft.get_args([path, "--protocol", "voc-c4", "--data", "x"]))
-        with pytest.raises(ValueError, match=named):
-            ft.load_weights(build_model(cfg), weights, "c4", file)
+        pickle.dump(caffe2_blobs(c4[1].backbone), f, protocol=2)
+    command = [path, "--protocol", "voc-c4", "--data", "x", "--trust"]
+    with pytest.raises(ValueError, match="--input caffe"):
+        ft.get_weights(ft.get_args(command))
+    weights = ft.get_weights(ft.get_args([*command, "--input", "caffe"]))
+    cfg, _ = ft.build_config("voc-c4", weights, device="cpu")
+    model, theirs = build_model(cfg), build_model(cfg)
+    ft.load_weights(model, weights, "c4")
+    DetectionCheckpointer(theirs).load(path)
+    theirs = theirs.state_dict()
+    convolutions = [name for name in to_detectron2(c4[1], "c4") if name.endswith((".weight", ".bias"))]
+    assert all(torch.equal(model.state_dict()[name], theirs[name]) for name in convolutions)
 
 
-# ---- data
-
-def args_for(world, *extra, protocol="coco-fpn-1x"):
-    return ft.get_args(["random", "--protocol", protocol, "--data", str(world), *extra])
-
-
-def stopped(call, *arguments):
-    with pytest.raises(SystemExit) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value) and str(error.value).startswith("finetune_det.py: error: ")
-    return str(error.value)
-
-
-def test_toy_world_in_both_layouts(world):
-    said = []
-    coco = ft.load_data(args_for(world), said.append)
-    voc = ft.load_data(args_for(world, "--classes", ",".join(coco.classes), protocol="voc-c4"), said.append)
-    assert coco.images == voc.images == 20 and coco.classes == voc.classes and coco.boxes == voc.boxes
-    assert coco.masks and not voc.masks
-    assert (coco.train, coco.test) == (("coco_2017_train",), ("coco_2017_val",))
-    assert (voc.train, voc.test) == (("voc_2007_trainval", "voc_2012_trainval"), ("voc_2007_test",))
-    cfg, _ = ft.build_config("voc-c4", None, voc)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(coco.classes) and cfg.DATASETS.TRAIN == voc.train
-    labels = f"{world}/coco/annotations/instances_{{}}2017.json".format
-    own = ft.get_args(["random", "--protocol", "coco-c4-1x",
-                       "--train-images", f"{world}/coco/train2017", "--train-json", labels("train"),
-                       "--val-images", f"{world}/coco/val2017", "--val-json", labels("val")])
-    assert ft.load_data(own, said.append).boxes == coco.boxes
-    some = ft.load_data(args_for(world, "--classes", "square", protocol="voc-c4"), said.append)
-    assert 0 < some.boxes < coco.boxes and any("of other classes" in line for line in said)
+@pytest.mark.parametrize("gone, named", [("res4_3_branch2b_w", "layer3.3.conv2.weight"),
+                                         ("res2_0_branch2a_bn_b", "layer1.0.bn1.bias")])
+def test_a_layer_less_is_refused(gone, named, c4, tmp_path):
+    blobs = caffe2_blobs(c4[1].backbone)
+    del blobs[gone]
+    with open(tmp_path / "R-50.pkl", "wb") as f:
+        pickle.dump(blobs, f, protocol=2)
+    args = ft.get_args([str(tmp_path / "R-50.pkl"), "--protocol", "voc-c4", "--data", "x", "--trust",
+                        "--input", "caffe"])
+    with pytest.raises(ValueError, match=named):
+        ft.get_weights(args)
 
 
-def edited(world, tmp_path, edit, split="train"):
-    """The toy world's COCO part with one json edited."""
-    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+def test_the_trunk_for_tests_is_refused(tmp_path):
+    saved(FPNEncoder("narrow18"), tmp_path, "fpn")
+    with pytest.raises(ValueError, match="narrow18"):
+        ft.get_weights(ft.get_args([str(tmp_path), "--protocol", "coco-fpn-1x", "--data", "x"]))
+
+
+# ---- data and rehearsal
+
+def empty_catalogs():
+    """A process registers its sets once; these tests do it again and again."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in ("coco_train", "coco_val", "voc2007_trainval", "voc2012_trainval", "voc2007_test"):
+            if name in catalog.list():
+                catalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    empty_catalogs()
+
+
+def own_arguments(world, out):
+    """The toy world's COCO part as a set of one's own, its json files in `out`."""
+    arguments = []
     for name in ("train", "val"):
-        os.symlink(world / "coco" / f"{name}2017", tmp_path / "coco" / f"{name}2017")
+        arguments += [f"--{name}-images", world / "coco" / f"{name}2017"]
+        arguments += [f"--{name}-json", out / f"{name}.json"]
+    return arguments
+
+
+def own_set(world, out, edit=lambda content: None, split="val", protocol="coco-fpn-1x"):
+    """Arguments for such a set, one of its json files edited."""
+    for name in ("train", "val"):
         with open(world / "coco" / "annotations" / f"instances_{name}2017.json") as f:
             content = json.load(f)
         if name == split:
             edit(content)
-        with open(tmp_path / "coco" / "annotations" / f"instances_{name}2017.json", "w") as f:
+        with open(out / f"{name}.json", "w") as f:
             json.dump(content, f)
-    return tmp_path
+    (out / "out").mkdir()
+    command = ["random", "--protocol", protocol, "--device", "cpu", "--out", out / "out"]
+    return ft.get_args([str(x) for x in [*command, *own_arguments(world, out)]])
 
 
-def test_data_problems_stop_before_training(world, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    message = stopped(ft.load_data, args_for(empty))
-    assert "coco/train2017 is missing" in message and "annotations/instances_train2017.json" in message
-    assert "VOC2007" in stopped(ft.load_data, args_for(empty, protocol="voc-c4"))
-    (empty / "coco" / "annotations").mkdir(parents=True)
-    (empty / "coco" / "train2017").mkdir()
-    assert "instances_train2017.json is missing" in stopped(ft.load_data, args_for(empty))
+def rehearsed(args):
+    """What finetune_det.py does before it trains: the sets, the configuration, the rehearsal's notes."""
+    data = ft.load_data(args)
+    cfg, _ = ft.build_config(args.protocol, RANDOM, data, 1, "cpu")
+    cfg.OUTPUT_DIR = args.out
+    ft.register(data)
+    return data, cfg, ft.rehearse(cfg, data.sets[-1][2])
 
-    def lose_picture(content):
-        content["images"][3]["file_name"] = "absent.jpg"
-    root = edited(world, tmp_path / "a", lose_picture)
-    assert "1 of 20 pictures are missing" in stopped(ft.load_data, args_for(root))
 
-    def other_classes(content):
+def refused(args):
+    with pytest.raises(Exception) as error:             # main makes a line of any
+        rehearsed(args)
+    line = ft.explain(error.value)
+    assert "\n" not in line and len(line) < 400
+    return line
+
+
+def voc_args(data, out, classes=toy.CLASSES):
+    return ft.get_args(["random", "--protocol", "voc-c4", "--data", str(data), "--device", "cpu",
+                        "--classes", ",".join(classes), "--out", str(out)])
+
+
+def test_the_toy_world_in_both_layouts_is_whole(world, tmp_path):
+    data, cfg, notes = rehearsed(own_set(world, tmp_path))
+    assert notes == [] and data.masks and not data.run_length
+    assert [labels for *_, labels in data.sets] == [str(tmp_path / f"{x}.json") for x in ("train", "val")]
+    assert cfg.DATASETS.TRAIN == ("coco_train",) and cfg.DATASETS.TEST == ("coco_val",)
+    voc, cfg, notes = rehearsed(voc_args(world, tmp_path))
+    assert notes == [] and not voc.masks and voc.classes == data.classes
+    assert (voc.images, voc.boxes) == (data.images, data.boxes) == (20, data.boxes)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 5 and not cfg.MODEL.MASK_ON
+    assert cfg.DATASETS.TRAIN == ("voc2007_trainval", "voc2012_trainval")
+    assert os.path.getsize(tmp_path / "truth.png") > 5000
+
+
+def test_coco_layout_and_own_json_are_the_same_set(world, tmp_path):
+    data = ft.load_data(ft.get_args(["random", "--protocol", "coco-c4-1x", "--data", str(world)]))
+    own = ft.load_data(own_set(world, tmp_path, protocol="coco-c4-1x"))
+    assert data.digests == own.digests and data.boxes == own.boxes
+
+
+def test_truth_is_what_a_detector_returns(world, tmp_path):
+    """By the second implementation of COCO: its own masks and boxes, crowds left out."""
+    def crowd(content):
+        content["annotations"][0]["iscrowd"] = 1
+    data, _, notes = rehearsed(own_set(world, tmp_path, crowd))
+    coco = ft.evaluation.coco_evaluation.COCO(data.sets[-1][2])
+    found = 0
+    for item in DatasetCatalog.get("coco_val"):
+        boxes = coco.loadAnns(coco.getAnnIds(item["image_id"], iscrowd=False))
+        truth = ft.perfect(item)
+        assert len(truth) == len(boxes)
+        for i, box in enumerate(boxes):
+            x, y, w, h = box["bbox"]
+            assert torch.allclose(truth.pred_boxes.tensor[i], torch.tensor([x, y, x + w, y + h]))
+            assert np.array_equal(truth.pred_masks[i].numpy(), coco.annToMask(box).astype(bool))
+        found += len(boxes)
+    assert notes == [] and found == len(coco.anns) - 1
+
+
+def every(key, value=None):
+    """An edit that sets a key of every box, or takes it away."""
+    def edit(content):
+        for box in content["annotations"]:
+            box.pop(key, None)
+            if value is not None:
+                box[key] = value
+    return edit
+
+
+def keypoints_on_some(content):
+    content["annotations"][1]["keypoints"] = [1, 2, 2]
+    content["annotations"][1]["num_keypoints"] = 1
+
+
+def names_are_numbers(content):
+    for category in content["categories"]:
+        category["name"] = category["id"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("edit", [every("area"), every("iscrowd"), every("keypoints", [3, 4, 2]), every("id"),
+                                  keypoints_on_some])
+def test_what_is_missing_or_not_used_is_mended(edit, split, world, tmp_path):
+    data, _, notes = rehearsed(own_set(world, tmp_path, edit, split))
+    assert notes == [] and data.masks
+    with open(tmp_path / "out" / f"coco_{split}.json") as f:
+        boxes = json.load(f)["annotations"]
+    assert all({"id", "area", "iscrowd"} <= box.keys() and "keypoints" not in box for box in boxes)
+
+
+def from_zero(content):
+    for i, box in enumerate(content["annotations"]):
+        box["id"] = i
+
+
+def test_a_box_with_id_0_counts_as_matched(world, tmp_path, monkeypatch):
+    args = own_set(world, tmp_path, from_zero)
+    assert rehearsed(args)[2] == []
+    monkeypatch.setattr(ft, "mended", lambda content, tenth: content)       # the fault is real
+    empty_catalogs()
+    assert "itself reaches" in refused(args)
+
+
+def test_class_names_that_are_numbers(world, tmp_path):
+    args = own_set(world, tmp_path, names_are_numbers, "val")
+    for path in (args.train_json, args.val_json):
+        with open(path) as f:
+            content = json.load(f)
+        names_are_numbers(content)
+        with open(path, "w") as f:
+            json.dump(content, f)
+    data, _, notes = rehearsed(args)
+    assert notes == [] and data.classes == ["1", "3", "7", "8", "20"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("value", [None, [], [[]]])
+def test_boxes_without_masks_are_boxes_alone(value, split, world, tmp_path):
+    whole = ft.load_data(ft.get_args(["random", "--protocol", "coco-c4-1x", "--data", str(world)]))
+    data, cfg, notes = rehearsed(own_set(world, tmp_path, every("segmentation", value), split))
+    assert notes == [] and not data.masks and not cfg.MODEL.MASK_ON and data.boxes == whole.boxes
+
+
+def test_one_box_without_a_mask_makes_boxes_alone(world, tmp_path):
+    def edit(content):
+        content["annotations"][3]["segmentation"] = [[]]
+    data, _, notes = rehearsed(own_set(world, tmp_path, edit))
+    assert notes == [] and not data.masks
+
+
+def test_run_length_masks(world, tmp_path):
+    def edit(content):
+        for image in content["images"]:
+            for box in content["annotations"]:
+                if box["image_id"] == image["id"]:
+                    parts = mask_util.frPyObjects(box["segmentation"], image["height"], image["width"])
+                    rle = mask_util.merge(parts)
+                    box["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    data, cfg, notes = rehearsed(own_set(world, tmp_path, edit, "train"))
+    assert notes == [] and data.masks and cfg.INPUT.MASK_FORMAT == "bitmask"
+
+
+def id_twice(content):
+    content["images"][2]["id"] = content["images"][1]["id"]
+
+
+def id_is_a_string(content):
+    content["annotations"][4]["image_id"] = str(content["annotations"][4]["image_id"])
+
+
+def unknown_class(content):
+    content["annotations"][2]["category_id"] = 77
+
+
+def no_box(content):
+    del content["annotations"][2]["bbox"]
+
+
+def short_box(content):
+    content["annotations"][2]["bbox"] = [1, 2]
+
+
+def no_height(content):
+    del content["images"][1]["height"]
+
+
+def other_sizes(content):
+    content["images"][1]["width"] += 1
+
+
+def polygons_of_a_larger_picture(content):
+    for box in content["annotations"]:
+        box["segmentation"] = [[3 * x for x in polygon] for polygon in box["segmentation"]]
+
+
+def polygons_as_shares(content):
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for box in content["annotations"]:
+        width, height = sizes[box["image_id"]]
+        box["segmentation"] = [(np.reshape(polygon, (-1, 2)) / (width, height)).flatten().tolist()
+                               for polygon in box["segmentation"]]
+
+
+def turned_run_length(content):
+    height, width = content["images"][0]["width"], content["images"][0]["height"]
+    for box in content["annotations"]:
+        if box["image_id"] == content["images"][0]["id"]:
+            box["segmentation"] = {"size": [height, width], "counts": [0, height * width]}
+
+
+def lost_picture(content):
+    content["images"][3]["file_name"] = "absent.jpg"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("edit, said", [
+    (id_twice, "{split}.json: 000000000002.jpg has the id 2 of another image"),
+    (id_is_a_string, "{split}.json: annotation 5 has image_id '"),
+    (unknown_class, "{split}.json: {{'id': "), (unknown_class, "category_id=77"),
+    (no_box, "{split}.json: KeyError: 'bbox'"), (short_box, "{split}.json: IndexError"),
+    (no_height, "000000000002.jpg"), (no_height, "'height'"),
+    (other_sizes, "000000000002.jpg is "),
+    (every("iscrowd", 1), "{split}.json of "), (every("iscrowd", 1), "crowds (iscrowd 1) alone"),
+    (polygons_of_a_larger_picture, "000000000001.jpg has at box 0 polygons that lie outside"),
+    (polygons_as_shares, "jpg has at box"), (turned_run_length, "000000000001.jpg has at box 0 a mask of"),
+    (lost_picture, "absent.jpg")])
+def test_what_would_end_a_run_ends_it_before(edit, said, split, world, tmp_path):
+    assert said.format(split=split) in refused(own_set(world, tmp_path, edit, split))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"images": [], "annotations": [], "categories": []}',
+                                  '{"images": 3, "annotations": [], "categories": []}'])
+def test_a_file_that_is_no_coco_json(text, world, tmp_path):
+    args = own_set(world, tmp_path)
+    with open(args.val_json, "w") as f:
+        f.write(text)
+    assert "val.json" in refused(args)
+
+
+def test_other_classes_in_validation(world, tmp_path):
+    def edit(content):
         content["categories"][0]["name"] = "else"
-    root = edited(world, tmp_path / "b", other_classes, "val")
-    assert "its classes" in stopped(ft.load_data, args_for(root))
-
-    def unknown_class(content):
-        content["annotations"][0]["category_id"] = 77
-    assert "KeyError" in stopped(ft.load_data, args_for(edited(world, tmp_path / "c", unknown_class)))
-
-    def nothing(content):
-        content["annotations"] = []
-    for split, role in (("train", "training"), ("val", "validation")):
-        root = edited(world, tmp_path / split, nothing, split)
-        assert f"no {role} picture has a box" in stopped(ft.load_data, args_for(root))
-
-    def no_box(content):
-        del content["annotations"][0]["bbox"]
-    assert "cannot be read" in stopped(ft.load_data, args_for(edited(world, tmp_path / "e", no_box)))
+    assert "its classes, ['else', " in refused(own_set(world, tmp_path, edit))
 
 
-def test_boxes_without_area_classes_without_boxes_and_masks(world, tmp_path):
-    def flatten(content):
-        content["annotations"][0]["bbox"][2] = 0
-        content["annotations"][1]["bbox"][3] = 0
-        content["categories"].append({"id": 99, "name": "unicorn"})
-    root, said = edited(world, tmp_path / "a", flatten), []
-    with open(root / "coco" / "annotations" / "instances_val2017.json", "r+") as f:
+def flat_boxes(count):
+    def edit(content):
+        for box in content["annotations"][:count]:
+            box["bbox"][2] = 0
+            box["segmentation"] = [[box["bbox"][0], box["bbox"][1]] * 3]
+    return edit
+
+
+def test_boxes_without_area_are_named_and_end_the_run(world, tmp_path):
+    line = refused(own_set(world, tmp_path, flat_boxes(2)))
+    assert "val.json itself reaches bbox AP" in line
+    assert "2 boxes have no area or mask in their picture" in line and "01.jpg" in line
+
+
+def test_boxes_beyond_their_pictures_are_lost(world, tmp_path):
+    def edit(content):
+        for box in content["annotations"]:
+            box["bbox"][0] += 300
+            box.pop("segmentation")
+    assert "val.json itself reaches bbox AP" in refused(own_set(world, tmp_path, edit))
+
+
+def test_a_little_that_is_lost_is_a_note(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(ft.evaluation.COCOEvaluator, "evaluate", lambda self: {"bbox": {"AP": 99.5}})
+    (note,) = rehearsed(own_set(world, tmp_path))[2]
+    assert "reaches bbox AP 99.5, not 100" in note
+
+
+# ---- pictures
+
+def with_picture(world, out, picture, name="000000000002.jpg", **how):
+    """The toy world's COCO part, one validation picture replaced, the json saying its size."""
+    (out / "coco").mkdir()
+    for part in ("train2017", "annotations"):
+        os.symlink(world / "coco" / part, out / "coco" / part)
+    (out / "coco" / "val2017").mkdir()
+    for path in (world / "coco" / "val2017").iterdir():
+        os.symlink(path, out / "coco" / "val2017" / path.name)
+    os.remove(out / "coco" / "val2017" / "000000000002.jpg")
+    picture.save(out / "coco" / "val2017" / name, **how)
+
+    def edit(content):
+        content["images"][1].update(file_name=name, width=picture.size[0], height=picture.size[1])
+        content["annotations"] = [box for box in content["annotations"] if box["image_id"] != 2]
+        content["annotations"].append({"id": 900, "image_id": 2, "category_id": 1, "bbox": [0, 0, 2, 1]})
+        every("segmentation")(content)
+    args = own_set(world, out, edit)
+    args.val_images = str(out / "coco" / "val2017")
+    return args
+
+
+def turned(size):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return Image.new("RGB", size), exif
+
+
+def test_a_picture_turned_by_exif_has_its_sides_exchanged(world, tmp_path):
+    picture, exif = turned((60, 40))
+    assert "000000000002.jpg is 40 x 60, its label says 60 x 40" in refused(
+        with_picture(world, tmp_path, picture, exif=exif))
+
+
+def test_a_picture_turned_by_exif_is_taken_as_it_is_seen(world, tmp_path):
+    picture, exif = turned((60, 40))
+    args = with_picture(world, tmp_path, picture, exif=exif)
+    with open(args.val_json) as f:
         content = json.load(f)
-        content["categories"].append({"id": 99, "name": "unicorn"})
-        f.seek(0)
+    content["images"][1].update(width=40, height=60)
+    with open(args.val_json, "w") as f:
         json.dump(content, f)
-    data = ft.load_data(args_for(root), said.append)
-    assert any("dropped 2 boxes without area" in line for line in said)
-    assert any("1 of 6 classes have no training box: unicorn" in line for line in said)
-    whole = ft.load_data(args_for(world))
-    assert data.boxes == whole.boxes - 2
-
-    def unmasked(content):
-        for box in content["annotations"][::2]:
-            del box["segmentation"]
-    data = ft.load_data(args_for(edited(world, tmp_path / "b", unmasked)), said.append)
-    assert not data.masks and "boxes alone" in said[-1]
-    assert not ft.build_config("coco-fpn-1x", None, data)[0].MODEL.MASK_ON
-    data = ft.load_data(args_for(edited(world, tmp_path / "c", unmasked, "val")), said.append)
-    assert not data.masks                                       # mask AP could not be had
+    data, cfg, notes = rehearsed(args)
+    assert notes == []
+    assert next(iter(ft.Trainer.build_test_loader(cfg, "coco_val")))[0]["image"].shape[0] == 3
 
 
-def test_minicoco_list(world, tmp_path):
+def test_sixteen_bits_a_pixel(world, tmp_path):
+    picture = Image.fromarray(np.full((40, 60), 30000, dtype=np.uint16))
+    line = refused(with_picture(world, tmp_path, picture, "deep.png"))
+    assert "deep.png has pixels of kind I;16" in line and "8 bits" in line
+
+
+def test_a_picture_of_extreme_shape(world, tmp_path):
+    args = with_picture(world, tmp_path, Image.new("RGB", (20000, 2)), "a.png")
+    assert "is 20000 x 2: resized" in refused(args)
+
+
+def test_a_long_picture_is_drawn(world, tmp_path):
+    _, cfg, notes = rehearsed(with_picture(world, tmp_path, Image.new("RGB", (3000, 31)), "a.png"))
+    item = DatasetCatalog.get("coco_val")[1]
+    ft.draw(cfg, [item], ft.perfect, str(tmp_path / "a.png"))
+    assert notes == [] and Image.open(tmp_path / "a.png").size == (2 * 484 + 4, 368)
+
+
+def cut_short(world, out):
+    args = with_picture(world, out, Image.effect_noise((90, 80), 60).convert("RGB"))
+    path = os.path.join(args.val_images, "000000000002.jpg")
+    with open(path, "rb") as f:
+        content = f.read()
+    with open(path, "wb") as f:
+        f.write(content[:len(content) // 2])
+    return path, args
+
+
+def test_a_cut_jpeg_is_named_in_training_and_evaluation(world, tmp_path):
+    path, args = cut_short(world, tmp_path)
+    args.train_images, args.train_json = args.val_images, args.val_json
+    data = ft.load_data(args)                       # its header is whole
+    opts = ["DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2"]
+    cfg, _ = ft.build_config(args.protocol, RANDOM, data, 1, "cpu", opts)
+    ft.register(data)
+    for loader in (ft.Trainer.build_train_loader(cfg), ft.Trainer.build_test_loader(cfg, "coco_val")):
+        with pytest.raises(OSError) as error:
+            for _ in zip(range(20), loader):
+                pass
+        assert ft.explain(error.value).startswith(f"{path}: image file is truncated")
+
+
+def test_a_loader_workers_error_is_one_line():
+    try:
+        raise OSError("a.jpg: image file is truncated")
+    except OSError:
+        wrapped = torch._utils.ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(OSError) as error:
+        wrapped.reraise()
+    assert ft.explain(error.value).endswith("a.jpg: image file is truncated")
+
+
+# ---- VOC trees
+
+def voc_tree(world, out, list_edit=None, xml_edit=None, name="500001"):
+    """The toy world's VOC part; its test list or one of its xml files edited."""
+    for year in ("VOC2007", "VOC2012"):
+        shutil.copytree(world / year, out / year)
+    if list_edit:
+        path = out / "VOC2007" / "ImageSets" / "Main" / "test.txt"
+        path.write_text(list_edit(path.read_text()))
+    if xml_edit:
+        path = out / ("VOC2007" if name < "9" else "VOC2012") / "Annotations" / f"{name}.xml"
+        path.write_text(xml_edit(path.read_text()))
+    (out / "out").mkdir()
+    return voc_args(out, out / "out")
+
+
+@pytest.mark.parametrize("list_edit, said", [
+    (lambda text: text + "my picture\n", "test.txt: ['my picture']: detectron2 takes"),
+    (lambda text: text + "a#1\n", "test.txt: ['a#1']"), (lambda text: text + "\n", "test.txt: ['']"),
+    (lambda text: text.split()[0], "two names or more"), (lambda text: "", "two names or more"),
+    (lambda text: text + "absent\n", "absent.xml")])
+def test_voc_lists(list_edit, said, world, tmp_path):
+    assert said in refused(voc_tree(world, tmp_path, list_edit))
+
+
+@pytest.mark.parametrize("name", ["500001", "000001", "900001"])
+@pytest.mark.parametrize("xml_edit", [
+    lambda text: re.sub("<size>.*?</size>", "", text), lambda text: text[:len(text) // 2], lambda text: "",
+    lambda text: text.replace("<name>", "<name>un", 1), lambda text: text.replace("xmin>", "left>"),
+    lambda text: re.sub("<xmin>.*?</xmin>", "<xmin>far</xmin>", text)])
+def test_xml_files_are_named(xml_edit, name, world, tmp_path):
+    assert f"{name}.xml: " in refused(voc_tree(world, tmp_path, None, xml_edit, name))
+
+
+@pytest.mark.parametrize("xml_edit", [lambda text: re.sub("<pose>.*?</pose>", "", text),
+                                      lambda text: re.sub("<difficult>.*?</difficult>", "", text),
+                                      lambda text: re.sub("<xmin>(.*?)</xmin>", r"<xmin>\1.5</xmin>", text)])
+def test_what_only_the_evaluation_asks_of_an_xml_is_named(xml_edit, world, tmp_path):
+    assert "500001.xml: " in refused(voc_tree(world, tmp_path, None, xml_edit))
+
+
+def test_twenty_classes_for_five(world, tmp_path):
+    args = ft.get_args(["random", "--protocol", "voc-c4", "--data", str(world), "--out", str(tmp_path)])
+    args.classes = [*toy.CLASSES, "unicorn"]
+    assert "1 classes have no box (--classes)" in refused(args)
+
+
+def test_voc2012_may_be_absent_from_a_tree_of_ones_own(world, tmp_path):
+    os.symlink(world / "VOC2007", tmp_path / "VOC2007")
+    data, _, notes = rehearsed(voc_args(tmp_path, tmp_path))
+    assert [name for name, *_ in data.sets] == ["voc2007_trainval", "voc2007_test"] and notes == []
+
+
+# ---- Mini-COCO
+
+def test_minicoco_is_a_tenth_by_a_fixed_seed(world, tmp_path):
     with open(world / "coco" / "annotations" / "instances_train2017.json") as f:
         ids = sorted(image["id"] for image in json.load(f)["images"])
-    data = ft.load_data(args_for(world, protocol="minicoco-c4"))
+    data, _, notes = rehearsed(own_set(world, tmp_path, protocol="minicoco-c4"))
     first = np.random.Generator(np.random.PCG64(0)).permutation(ids)[:2].tolist()
-    assert data.list == sorted(first) and data.images == 2
-    assert sorted(item["image_id"] for item in DatasetCatalog.get("coco_2017_train")) == data.list
-    path = tmp_path / "list.txt"
-    path.write_text("\n".join(map(str, ids[4:9])))
-    args = args_for(world, "--minicoco-list", str(path), protocol="minicoco-c4")
-    assert ft.load_data(args).list == ids[4:9]
-    for text, said in (("123456789", "123456789"), ("a", "a is no image"), ("", "none")):
-        path.write_text(text)
-        assert said in stopped(ft.load_data, args)
+    assert data.chosen == sorted(first) and data.images == 2 and notes == []
+    assert [item["image_id"] for item in DatasetCatalog.get("coco_train")] == data.chosen
     big = np.random.Generator(np.random.PCG64(0)).permutation(np.arange(118287))[:118287 // 10]
-    assert len(big) == 11828
+    assert len(big) == 11828 == ft.PROTOCOLS["minicoco-c4"][5]
 
 
-def test_voc_labels_that_evaluation_would_stumble_over(world, tmp_path):
-    for year in ("VOC2007", "VOC2012"):
-        (tmp_path / year / "Annotations").mkdir(parents=True)
-        for part in ("JPEGImages", "ImageSets"):
-            os.symlink(world / year / part, tmp_path / year / part)
-        for path in (world / year / "Annotations").iterdir():
-            text = path.read_text()
-            (tmp_path / year / "Annotations" / path.name).write_text(re.sub("<pose>.*?</pose>", "", text))
-    classes = ",".join(toy.CLASSES)
-    args = args_for(tmp_path, "--classes", classes, protocol="voc-c4")
-    message = stopped(ft.load_data, args)
-    assert "AttributeError" in message and ".xml" in message
-    os.remove(next((tmp_path / "VOC2012" / "Annotations").iterdir()))
-    assert "FileNotFoundError" in stopped(ft.load_data, args)
+def test_list_and_hash_stand_beside_the_results(world, tmp_path, capsys):
+    args = own_set(world, tmp_path, protocol="minicoco-c4")
+    data = ft.load_data(args)
+    cfg, _ = ft.build_config("minicoco-c4", RANDOM, data)
+    ft.report(args, cfg, [], data, "source", [{"seed": 0, "bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}])
+    text = (tmp_path / "out" / "minicoco.txt").read_text()
+    assert [int(line) for line in text.split()] == data.chosen
+    with open(tmp_path / "out" / "results.json") as f:
+        assert json.load(f)["list_sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- report and pictures
+# ---- report
 
-def test_report_means_and_the_papers_row(world, tmp_path):
-    data, lines = ft.load_data(args_for(world)), []
-    args = ft.get_args(["moco.pth", "--protocol", "coco-c4-2x", "--data", str(world), "--out", str(tmp_path)])
+def test_report_has_means_deviations_and_all_rows_of_the_paper(world, tmp_path, capsys):
+    args = own_set(world, tmp_path, protocol="coco-c4-2x")
+    data = ft.load_data(args)
     trials = [{"seed": seed, "bbox": {"AP": 40.0 + seed, "AP50": 60.0, "AP75": 44.0},
-               "segm": {"AP": 35.0, "AP50": None, "AP75": 37.0}}
-              for seed in range(3)]
-    cfg, notes = ft.build_config("coco-c4-2x", None, data)
-    ft.report(args, cfg, notes, data, "MoCo-v2, resnet50 at x", trials, lines.append)
-    text = "\n".join(lines)
+               "segm": {"AP": 35.0, "AP50": float("nan"), "AP75": 37.0}} for seed in range(3)]
+    cfg, notes = ft.build_config("coco-c4-2x", RANDOM, data)
+    ft.report(args, cfg, notes, data, "source", trials)
+    text = capsys.readouterr().out
     assert re.search(r"APbb +AP50bb +AP75bb +APmk +AP50mk +AP75mk", text)
-    assert re.search(" +".join(["this run: MoCo-v2, 3 trials", "41.0 ± 1.0", "60.0 ± 0.0", "44.0 ± 0.0",
-                                "35.0 ± 0.0", "-", "37.0 ± 0.0"]), text)
+    assert re.search(" +".join(["this run: mean of 3", "41.0 ± 1.0", "60.0 ± 0.0", "44.0 ± 0.0", "35.0 ± 0.0",
+                                "nan ± nan", "37.0 ± 0.0"]), text)
     with open(os.path.join(HERE, "..", "docs", "paper_tables.csv")) as f:
-        paper = {row["metric"]: float(row["value"]) for row in csv.DictReader(f)
-                 if row["table"] == "2a" and row["method"] == "MoCo-v2" and row["epochs"] == "200"}
-    row = next(line for line in lines if "MoCo-v2, 200 epochs" in line)
-    assert [float(x) for x in row.split("epochs")[1].split()] == [
-        paper[name] for name in ("APbb", "AP50bb", "AP75bb", "APmk", "AP50mk", "AP75mk")]
-    with open(tmp_path / "results.json") as f:
+        table = [row for row in csv.DictReader(f) if row["table"] in ("2a", "4b")]
+    for row in table:                                           # every number of the paper's tables is there
+        name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
+        line = next(line for line in text.splitlines() if re.match(re.escape(name) + r"  ", line))
+        assert f"{float(row['value']):.1f}" in line.split()
+    with open(tmp_path / "out" / "results.json") as f:
         result = json.load(f)
     assert result["mean"]["APbb"] == 41 and result["deviation"]["APbb"] == 1 and len(result["trials"]) == 3
     assert result["config"]["SOLVER"]["MAX_ITER"] == 180000 and result["commit"]
 
 
-@pytest.mark.parametrize("protocol, method, rows", [
-    ("voc-c4", "InsLoc", 2), ("voc-c4", "Random init", 1), ("voc-c4", "SwAV", 1), ("coco-fpn-1x", "RA+CP", 1),
-    ("coco-fpn-1x", "RA", 1), ("coco-fpn-1x", "InsLoc", 2), ("coco-c4-1x", "MoCo-v2", 2),
-    ("coco-c4-1x", "BYOL", 1), ("minicoco-c4", "Supervised", 1), ("coco-fpn-2x", "nobody", 0)])
-def test_rows_of_the_paper(protocol, method, rows):
-    found = ft.paper_rows(protocol, method)
+@pytest.mark.parametrize("protocol, rows", [("voc-c4", 12), ("coco-c4-1x", 8), ("coco-c4-2x", 12),
+                                            ("coco-fpn-1x", 8), ("coco-fpn-2x", 12), ("minicoco-c4", 8)])
+def test_rows_of_the_paper(protocol, rows):
+    found = ft.paper_rows(protocol)
     assert len(found) == rows
-    if (protocol, method) == ("voc-c4", "SwAV"):
-        assert list(found.values()) == [{"AP": "45.1", "AP50": "77.4", "AP75": "46.5"}]
+    if protocol == "voc-c4":
+        assert found["paper: SwAV, 400 epochs"] == {"AP": "45.1", "AP50": "77.4", "AP75": "46.5"}
 
 
-def test_a_missing_table_of_the_paper_is_said_and_stops_nothing(tmp_path, monkeypatch):
+def test_a_missing_table_of_the_paper_is_said_and_stops_nothing(monkeypatch):
     """finetune_det.py copied away without docs/: hours of fine-tuning must not end in an error."""
-    monkeypatch.setattr(ft, "HERE", str(tmp_path))
-    (name, row), = ft.paper_rows("voc-c4", "InsLoc").items()
+    monkeypatch.setattr(ft, "__file__", "/nowhere/finetune_det.py")
+    (name, row), = ft.paper_rows("voc-c4").items()
     assert "paper_tables.csv is missing" in name and row == {}
 
 
 # ---- from the command line
 
-def run(*arguments, wait=True):
-    command = [sys.executable, os.path.join(HERE, "..", "finetune_det.py"), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    return (process, process.communicate()[0]) if wait else process
+def here(*arguments):
+    """The program in this process: exit status, standard output, standard error."""
+    empty_catalogs()
+    out, err, status, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = ["finetune_det.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            args = ft.get_args()
+            stage.launch(ft.main, args, ft.prepare)
+    except SystemExit as left:
+        status = left.code
+        if isinstance(status, str):
+            err.write(status + "\n")
+            status = 1
+    finally:
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
+def line_of(*arguments):
+    """The one line with which the program refuses its arguments."""
+    status, out, err = here(*arguments)
+    assert status not in (0, None) and "Traceback" not in out + err and err.count("\n") == 1, out + err
+    return err
 
 
 class Hostile:
@@ -528,43 +919,180 @@ class Hostile:
         return print, ("must not run",)
 
 
-RANDOM = ["random", "--protocol", "coco-fpn-1x"]
+FPN = ["random", "--protocol", "coco-fpn-1x", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("arguments, opts, said", [
-    (["absent.pth", *RANDOM[1:]], [], "absent.pth"), (["{there}/hostile.pth", *RANDOM[1:]], [], "--trust"),
-    ([*RANDOM, "--out", "{there}/held"], [], "--resume"), ([*RANDOM, "--trials", "0"], [], "--trials"),
-    ([*RANDOM, "--classes", "a"], [], "--classes"), ([*RANDOM, "--export", "x.pkl"], [], "--export"),
-    ([*RANDOM, "--train-images", "x"], [], "--train-json"), (RANDOM, ["SOLVER.MAX_ITER"], "KEY VALUE"),
-    (RANDOM, ["MODEL.WEIGHTS", "x"], "--eval-only"), (RANDOM, ["MODEL.DEVICE", "cuda"], "GPU"),
-    ([*RANDOM, "--eval-only"], ["MODEL.DEVICE", "cpu"], "model_final.pth"),
-    (RANDOM, ["MODEL.ROI_HEADS.NAME", "Nobody"], "Nobody")])
-def test_mistakes_end_in_one_line(arguments, opts, said, world, tmp_path, monkeypatch, capsys):
-    (tmp_path / "held" / "trial0").mkdir(parents=True)
+@pytest.mark.parametrize("arguments, said", [
+    (["absent.pth", *FPN[1:]], "absent.pth: "), (["{there}/hostile.pth", *FPN[1:]], "--trust"),
+    ([*FPN, "--trials", "0"], "--trials"), ([*FPN, "--seed", str(2 ** 31)], "--seed"),
+    ([*FPN, "--export", "x.pth"], "--export FILE.pth"), ([*FPN, "--train-images", "x"], "--train-json"),
+    ([*FPN, "SOLVER.MAX_ITER"], "KEY VALUE"), ([*FPN, "SOLVER.NO_SUCH", "3"], "NO_SUCH"),
+    ([*FPN, "SOLVER.MAX_ITER", "many"], "Type mismatch"),
+    ([*FPN, "SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH 0"),
+    ([*FPN, "MODEL.WEIGHTS", "x"], "MODEL.WEIGHTS is set by"),
+    ([*FPN, "SEED", "3"], "SEED is set by"), ([*FPN, "OUTPUT_DIR", "x"], "OUTPUT_DIR is set by"),
+    ([*FPN, "DATASETS.TEST", "x"], "DATASETS.TEST is set by"),
+    ([*FPN, "MODEL.DEVICE", "cuda"], "MODEL.DEVICE cuda and --device cpu"),
+    ([*FPN[:3], "MODEL.DEVICE", "cuda"], "no GPU"), ([*FPN[:3], "--device", "cuda"], "no GPU"),
+    ([*FPN, "--eval-only"], "model_final.pth"), ([*FPN, "MODEL.ROI_HEADS.NAME", "Nobody"], "Nobody"),
+    (["random", "--protocol", "coco-c4-1x", "MODEL.RESNETS.DEPTH", "18"], "needs an fpn protocol")])
+def test_mistakes_end_in_one_line(arguments, said, world, tmp_path, monkeypatch):
     torch.save({"x": Hostile()}, tmp_path / "hostile.pth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    arguments = [x.format(there=tmp_path) for x in arguments] + ["--data", str(world)]
-    arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["finetune_det.py", *arguments, *opts])
-    with pytest.raises(SystemExit) as error:
-        ft.start()
-    printed = capsys.readouterr()
-    text = str(error.value) if error.value.code != 2 else printed.err.splitlines()[-1]
-    assert error.value.code not in (0, None) and said in text and "\n" not in text
-    assert "must not run" not in printed.out and "Traceback" not in printed.out + printed.err
+    data = [] if "--train-images" in arguments else ["--data", world]
+    arguments = [x.format(there=tmp_path) for x in arguments]
+    line = line_of(*arguments[:3], *data, "--out", tmp_path / "out", *arguments[3:])
+    assert said in line and line.startswith("finetune_det.py: error: ")
 
 
-def test_killed_resumed_evaluated(world, tmp_path, monkeypatch):
+def test_data_that_are_not_there(tmp_path):
+    line = line_of(*FPN, "--data", tmp_path, "--out", tmp_path / "out")
+    assert "instances_train2017.json" in line
+    line = line_of("random", "--protocol", "voc-c4", "--data", tmp_path, "--out", tmp_path / "out")
+    assert "VOC2007/ImageSets/Main/trainval.txt" in line
+
+
+SHORT = ["SOLVER.MAX_ITER", "2", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """A run of two iterations from an FPN of ours. -> its arguments, its folder, what it printed"""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    saved(FPNEncoder("resnet18"), folder, "fpn")
+    arguments = [folder, *FPN[1:], "--data", world, "--out", folder / "out"]
+    status, out, err = here(*arguments, *SHORT)
+    assert status == 0, out + err
+    return arguments, folder / "out", out
+
+
+def test_a_run_says_what_it_does_and_writes_its_results(trained):
+    _, out, text = trained
+    assert "SOLVER.MAX_ITER 2, paper 90000 (given)" in text and "SyncBatchNorm does not run" in text
+    assert re.search(r"^loaded: \d+ tensors, backbone.bottom_up, .*roi_heads.box_head$", text, re.M)
+    assert re.search(r"^left at random init: 43 tensors, proposal_generator.rpn_head, ", text, re.M)
+    assert re.search(r"^dropped: 4 tensors, encoder_q.projector$", text, re.M)
+    assert re.search(r"^this run: mean of 1 ", text, re.M)
+    assert re.search(r"^paper: InsLoc, 400 epochs ", text, re.M)
+    assert "total_loss" in text                                 # progress
+    with open(out / "results.json") as f:
+        result = json.load(f)
+    assert set(result["trials"][0]) >= {"seed", "bbox", "segm"}
+    for path in (out / "rehearsal" / "truth.png", out / "trial0" / "detections.png"):
+        assert path.stat().st_size > 5000
+    assert list((out / "trial0").glob("events.out.tfevents*"))
+    log = (out / "log.txt").read_text()
+    assert "Environment info" in log and "Running with full config" in log
+
+
+def test_done_trials_are_not_trained_again(trained):
+    arguments, out, _ = trained
+    before = (out / "trial0" / "model_final.pth").stat().st_mtime
+    status, text, err = here(*arguments, "--resume", *SHORT, "SOLVER.CHECKPOINT_PERIOD", "9")
+    assert status == 0 and "trial 0: done before" in text and "eta" not in text
+    assert (out / "trial0" / "model_final.pth").stat().st_mtime == before
+
+
+def test_eval_only_gives_the_same_numbers(trained):
+    arguments, out, _ = trained
+    with open(out / "results.json") as f:
+        first = f.read()
+    status, text, err = here(*arguments, "--eval-only", *SHORT)
+    assert status == 0, err
+    with open(out / "evaluation.json") as f:
+        assert json.load(f)["trials"] == json.loads(first)["trials"]
+    with open(out / "results.json") as f:
+        assert f.read() == first
+
+
+@pytest.mark.parametrize("flags, keys, said", [
+    ([], [], "holds a run: --resume"),
+    (["--resume"], ["SOLVER.BASE_LR", "0.1"], "SOLVER.BASE_LR was 0.0025, is 0.1"),
+    (["--resume", "--seed", "3"], [], "SEED was 0, is 3"),
+    (["--eval-only", "--input", "caffe"], [], "INPUT.FORMAT was RGB")])
+def test_other_settings_are_no_continuation(flags, keys, said, trained):
+    arguments, _, _ = trained
+    assert said in line_of(*arguments, *flags, *SHORT, *keys)
+
+
+def test_other_weights_are_no_continuation(trained, tmp_path):
+    arguments, out, _ = trained
+    torch.manual_seed(1)
+    saved(FPNEncoder("resnet18"), tmp_path, "fpn")
+    assert "weights was" in line_of(tmp_path, *arguments[1:], "--resume", *SHORT)
+
+
+def test_other_labels_are_no_continuation(trained, world, tmp_path):
+    arguments, out, _ = trained
+    shutil.copytree(world / "coco", tmp_path / "coco")
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    moved = [str(tmp_path) if x == world else x for x in arguments]
+    status, text, err = here(*moved, "--resume", *SHORT)                # the same labels elsewhere
+    assert status == 0 and "done before" in text
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] -= 1
+    path.write_text(json.dumps(content))
+    assert "labels was" in line_of(*moved, "--resume", *SHORT)
+
+
+def test_a_refused_set_leaves_no_run_behind(world, tmp_path):
+    own_set(world, tmp_path, flat_boxes(3))
+    arguments = [*FPN, *own_arguments(world, tmp_path), "--out", tmp_path / "out", *SHORT]
+    assert "itself reaches" in line_of(*arguments)
+    assert not list((tmp_path / "out").glob("trial*"))
+    assert "itself reaches" in line_of(*arguments)                      # not: --out holds a run
+
+
+def test_a_resumed_trial_draws_anew(monkeypatch):
+    """Else a run that is often killed would see the same first images again and again."""
+    cfg, _ = ft.build_config("coco-fpn-1x", RANDOM, opts=["SEED", "5"])
+    seeds = []
+
+    def stop(cfg):
+        raise InterruptedError
+    monkeypatch.setattr(ft, "seed_all_rng", seeds.append)
+    monkeypatch.setattr(ft, "Trainer", stop)
+    for last in ("", "model_0000006.pth"):
+        with pytest.raises(InterruptedError):
+            ft.train(cfg, RANDOM, "fpn", last, print)
+    assert seeds == [5, 5 + 6000]
+
+
+def test_cudnn_benchmark_is_used(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    line = line_of(*FPN, "--data", world, "--out", tmp_path / "out", *SHORT, "CUDNN_BENCHMARK", "True",
+                   "MODEL.RESNETS.DEPTH", "18", "MODEL.ROI_HEADS.NAME", "Nobody")
+    assert torch.backends.cudnn.benchmark and "Nobody" in line
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(world, tmp_path):
+    line = line_of(*FPN, "--data", world, "--out", tmp_path / "out", *SHORT, "MODEL.RESNETS.DEPTH", "18",
+                   "SOLVER.BASE_LR", "1e9", "SOLVER.MAX_ITER", "9", "SOLVER.WARMUP_ITERS", "0")
+    assert "FloatingPointError" in line and "SOLVER.BASE_LR" in line
+
+
+# ---- slow: processes of their own
+
+def start(*arguments, **environment):
+    command = [sys.executable, os.path.join(HERE, "..", "finetune_det.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=environment)
+
+
+@pytest.mark.slow
+def test_killed_resumed_evaluated(world, tmp_path):
     """COCO layout, masks, ResNet-18 FPN: killed between checkpoints, resumed; loss falls; pictures, AP."""
     out, weights = tmp_path / "out", tmp_path / "run"
     torch.manual_seed(0)
     weights.mkdir()
     saved(FPNEncoder("resnet18"), weights, "fpn")
-    command = [weights, "--protocol", "coco-fpn-1x", "--data", world, "--out", out, "--pictures", "2",
+    command = [weights, "--protocol", "coco-fpn-1x", "--data", world, "--out", out,
                "--resume", *SMALL, "SOLVER.BASE_LR", "0.02", "SOLVER.MAX_ITER", "60",
                "SOLVER.CHECKPOINT_PERIOD", "7"]
-    process = run(*command, wait=False)
+    process = start(*command)
     deadline = time.time() + 120
     while (not list(out.glob("trial0/model_00000[12]*.pth")) and process.poll() is None
            and time.time() < deadline):
@@ -573,52 +1101,74 @@ def test_killed_resumed_evaluated(world, tmp_path, monkeypatch):
     process.communicate()
     assert not (out / "results.json").exists()
     assert len(list(out.glob("trial0/model_0*.pth"))) <= 3
-    process, text = run(*command)
+    process = start(*command)
+    text = process.communicate()[0]
     assert process.returncode == 0, text
-    at = int(re.search(r"going on at iteration (\d+) of 60", text)[1])
-    assert at in range(7, 60, 7) and "SyncBatchNorm does not run on the CPU" in text
+    assert int(re.search(r"going on at iteration (\d+) of 60", text)[1]) in range(7, 60, 7)
     with open(out / "trial0" / "metrics.json") as f:
         lines = [json.loads(line) for line in f]
     losses = {line["iteration"]: line["total_loss"] for line in lines if "total_loss" in line}
     assert losses[59] < 0.97 * losses[min(losses)], losses      # medians of 20 iterations
-    with open(out / "results.json") as f:
-        result = json.load(f)
-    assert set(result["trials"][0]) >= {"seed", "bbox"} and result["config"]["SOLVER"]["MAX_ITER"] == 60
-    for path in (out / "curves.png", out / "trial0" / "detections.png"):
-        assert path.stat().st_size > 5000
-    process, text = run(*command[:-1], "9")                     # done already: nothing is trained again
-    assert process.returncode == 0 and "trial 0: done before" in text and "eta" not in text
-    # Another schedule is not a continuation.
-    command = [*map(str, command[:-3]), "50", "MODEL.DEVICE", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["finetune_det.py", *command])
-    with pytest.raises(SystemExit, match="SOLVER.MAX_ITER 50, was 60"):
-        ft.start()
 
 
-def test_voc_two_trials_on_two_processes_then_eval_only(world, tmp_path):
+@pytest.mark.slow
+def test_voc_two_trials_on_two_processes_then_eval_only_on_one(world, tmp_path):
     command = ["random", "--protocol", "voc-c4", "--data", world, "--classes", ",".join(toy.CLASSES),
-               "--out", tmp_path / "out", "--trials", "2", "--pictures", "1", "--nprocs"]
-    short = [*SMALL, "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)"]
-    process, text = run(*command, "2", *short)
+               "--out", tmp_path / "out", "--trials", "2", "--nprocs"]
+    process = start(*command, "2", *SHORT)
+    text = process.communicate()[0]
     assert process.returncode == 0, text
     with open(tmp_path / "out" / "results.json") as f:
         first = json.load(f)
     assert [trial["seed"] for trial in first["trials"]] == [0, 1]
     assert list(first["mean"]) == ["AP", "AP50", "AP75"]
-    assert "Random init, 2 trials" in text and re.search(r"paper: Random init +33.8 +60.2 +33.1", text)
-    process, text = run(*command, "1", "--eval-only", *short)
-    assert process.returncode == 0, text
-    with open(tmp_path / "out" / "results.json") as f:
-        again = json.load(f)
-    assert again["trials"] == first["trials"]
+    assert "this run: mean of 2" in text and re.search(r"paper: Random init +33.8 +60.2 +33.1", text)
+    status, text, err = here(*command, "1", "--eval-only", *SHORT)
+    assert status == 0, err
+    with open(tmp_path / "out" / "evaluation.json") as f:
+        assert json.load(f)["trials"] == first["trials"]
 
 
-def test_list_and_hash_beside_the_results(world, tmp_path):
-    data = ft.load_data(args_for(world, protocol="minicoco-c4"))
-    args = args_for(world, "--out", str(tmp_path), protocol="minicoco-c4")
-    ft.report(args, ft.build_config("minicoco-c4", None, data)[0], [], data, "Random init",
-              [{"seed": 0, "bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}], lambda *_: None)
-    text = (tmp_path / "minicoco.txt").read_text()
-    assert [int(line) for line in text.split()] == data.list
-    with open(tmp_path / "results.json") as f:
-        assert json.load(f)["data"]["list_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+@pytest.mark.slow
+def test_two_runs_into_one_folder(world, tmp_path):
+    command = [*FPN, "--data", world, "--out", tmp_path, "--resume", *SMALL, "SOLVER.MAX_ITER", "500",
+               "MODEL.RESNETS.DEPTH", "18"]
+    first = start(*command)
+    deadline = time.time() + 120
+    while not (tmp_path / stage.LOCK).exists() and first.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    assert "another process works in" in line_of(*command)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+
+
+@pytest.mark.slow
+def test_ranks_that_begin_at_different_iterations_stop_with_one_line(world, tmp_path):
+    """Two machines, whose --out is not the same folder."""
+    (tmp_path / "0" / "trial0").mkdir(parents=True)
+    (tmp_path / "0" / "trial0" / "last_checkpoint").write_text("model_0000006.pth")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [start(*FPN, "--data", world, "--out", tmp_path / str(rank), "--resume", *SHORT,
+                       "MODEL.RESNETS.DEPTH", "18", RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                       MASTER_PORT=port) for rank in range(2)]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    assert all(process.returncode == 1 for process in processes), texts
+    assert "the processes differ" in texts[0] and "model_0000006.pth" in texts[0]
+    assert "Traceback" not in texts[0] + texts[1] and "error" not in texts[1]
+
+
+@pytest.mark.slow
+def test_a_wrong_set_is_one_line_on_two_processes(world, tmp_path):
+    own_set(world, tmp_path, flat_boxes(3))
+    process = start(*FPN, *own_arguments(world, tmp_path), "--out", tmp_path / "out", "--nprocs", "2", *SHORT)
+    text = process.communicate()[0]
+    assert process.returncode == 1 and text.count("error: ") == 1, text
+    assert "itself reaches" in text.splitlines()[-1]
+
+
+def test_an_export_that_fails_is_one_line(tmp_path):
+    process = start("absent.pth", *FPN[1:3], "--export", tmp_path / "a.pth")
+    text = process.communicate()[0]
+    assert process.returncode == 1 and "absent.pth: " in text and "Traceback" not in text

@@ -1,6 +1,8 @@
-"""What README.md promises: its commands parse, the files and flags that it names exist, defaults have sources."""
+"""What README.md and docs/*.md promise: commands parse, what they name exists, the programs in them run."""
 import argparse
 import ast
+import functools
+import glob
 import importlib
 import json
 import os
@@ -8,17 +10,45 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
+
+from insloc import FPNEncoder
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("pretrain", "finetune_det", "probe_cls", "probe_loc")
-SOURCE = r"\[(paper|released code|MoCo v2|detectron2|NCCL|ours)\b"
-with open(os.path.join(HERE, "README.md")) as f:
-    README = f.read()
-with open(os.path.join(HERE, "insloc.py")) as f:
-    METHOD = f.read()
+SOURCE = r"\[(paper|released code|MoCo v2|detectron2|ours)\b"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
 
+
+def read(name):
+    with open(os.path.join(HERE, name)) as f:
+        return f.read()
+
+
+DOCS = {os.path.relpath(path, HERE): read(path)
+        for path in [f"{HERE}/README.md", *sorted(glob.glob(f"{HERE}/docs/*.md"))]}
+README, METHOD, DEBUGGING = DOCS["README.md"], read("insloc.py"), DOCS["docs/debugging.md"]
+TEXT = "\n".join(DOCS.values())
+
+
+def section(text, title):
+    found = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    assert found, title
+    return found
+
+
+def rows(text):
+    """Cells of the tables' rows, without their heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heads = {i - 1 for i, line in enumerate(lines) if re.match(r"\|-", line)}
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for i, line in enumerate(lines)
+            if i not in heads and not re.match(r"\|-", line)]
+
+
+# ---- Commands, options, names ----------------------------------------------------------------------------
 
 class Parser(Exception):
     """Carries the parser out of get_args, before it looks for GPUs or files."""
@@ -29,32 +59,36 @@ def parser_of(script, monkeypatch):
         raise Parser(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop)
         with pytest.raises(Parser) as caught:
             importlib.import_module(script).get_args([])
     return caught.value.args[0]
 
 
 def commands():
-    """(script, arguments) of every indented line of the README that runs one of ours, torchrun's included."""
-    block = re.sub(r" \\\n *", " ", README)
-    for line in re.findall(r"^    ((?:\w+=\S+ )*(?:python|torchrun) .*)$", block, re.M):
+    """(script, arguments) of every indented line that runs one of ours, torchrun's included."""
+    text = re.sub(r" \\\n *", " ", TEXT)
+    for line in re.findall(r"^ {4,}((?:\w+=\S+ )*(?:srun|python|torchrun) .*)$", text, re.M):
         words = shlex.split(line, comments=True)
         script = next((word for word in words if word.endswith(".py")), "")
         if script.removesuffix(".py") in SCRIPTS:
             yield script.removesuffix(".py"), tuple(words[words.index(script) + 1:])
 
 
-def test_the_readme_has_commands_of_every_stage():
-    assert {script for script, _ in commands()} == set(SCRIPTS)
-    assert len(list(commands())) >= 10
+COMMANDS = sorted(set(commands()))
 
 
-@pytest.mark.parametrize("script, arguments", list(commands()))
-def test_commands_of_the_readme_parse(script, arguments, monkeypatch):
+def test_there_are_commands_of_every_stage():
+    assert {script for script, _ in COMMANDS} == set(SCRIPTS) and len(COMMANDS) >= 15
+
+
+@pytest.mark.parametrize("script, arguments", COMMANDS, ids=lambda value: None if isinstance(value, str) else
+                         " ".join(value))
+def test_commands_parse(script, arguments, monkeypatch):
     parser = parser_of(script, monkeypatch)
-    parser.parse_args(list(arguments))              # exits with status 2 for what it does not know
+    parse = parser.parse_intermixed_args if script == "finetune_det" else parser.parse_args
+    parse(list(arguments))                              # exits with status 2 for what it does not know
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -65,84 +99,110 @@ def test_every_option_says_where_its_default_comes_from(script, monkeypatch):
             assert re.search(SOURCE, action.help or ""), action.option_strings
 
 
-def test_flags_and_files_that_the_readme_names_exist(monkeypatch):
+def test_flags_that_are_named_exist(monkeypatch):
     known = {flag for script in SCRIPTS for action in parser_of(script, monkeypatch)._actions
              for flag in action.option_strings}
-    named = set(re.findall(r"`(--[a-z-]+)", README)) - {"--logdir"}
-    assert named and named <= known
-    files = re.findall(r"\]\((docs/[^)]+)\)|`((?:tests/|docs/)?\w+\.py)`", README)
-    assert len(files) >= 6
-    for name in map("".join, files):
-        assert os.path.exists(os.path.join(HERE, name)), name
+    others = {"--logdir", "--shm-size", "--ipc", "--signal"}                # TensorBoard's, docker's, Slurm's
+    named = set(re.findall(r"`(--[a-z-]+)", TEXT)) - others
+    assert len(named) > 25 and named <= known, named - known
+
+
+def test_files_that_are_named_exist():
+    for document, text in DOCS.items():
+        for name in re.findall(r"\]\(([^)#]+)\)", text):
+            if not name.startswith("http"):
+                assert os.path.exists(os.path.join(HERE, os.path.dirname(document), name)), (document, name)
+        for name in re.findall(r"`((?:tests/|docs/)?\w+\.py)`", text):
+            assert os.path.exists(os.path.join(HERE, name)), (document, name)
+    makefile = read("Makefile")
+    for target in re.findall(r"(?:`|^ {4})make ([a-z-]+)", TEXT, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 def test_line_counts_of_the_files_are_right():
-    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
-        with open(os.path.join(HERE, name)) as f:
-            assert abs(len(f.readlines()) - int(lines)) <= 10, name
+    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert {name for name, _ in counts} == {os.path.basename(path) for path in glob.glob(f"{HERE}/*.py")}
+    for name, lines in counts:
+        assert abs(len(read(name).splitlines()) - int(lines)) <= 10, name
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The audit table, the breakpoints, the pieces
-# ----------------------------------------------------------------------------------------------------------
+def test_the_readme_is_short_and_nothing_is_left_to_do():
+    assert len(README.splitlines()) <= 200
+    assert [line for line in TEXT.splitlines() if "TODO" in line] == []
 
+
+# ---- docs/audit.md, docs/running.md ----------------------------------------------------------------------
+
+@functools.cache
 def defined(path):
     """The names that a file defines: functions, classes, and methods as Class.method."""
-    with open(os.path.join(HERE, path)) as f:
-        tops = [node for node in ast.parse(f.read()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    tops = [node for node in ast.parse(read(path)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     return {node.name for node in tops} | {f"{node.name}.{inner.name}" for node in tops for inner in node.body
                                            if isinstance(inner, ast.FunctionDef)}
 
 
-def test_the_audit_table_names_what_exists_and_leaves_nothing_of_the_paper_out():
-    section = README.partition("## Check it against the paper")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
-    for _, what, here, tests in rows:
-        names = re.findall(r"`(\w+\.py):([\w.]+)`", here)
-        assert "not drawn" in here or names and "test_" in tests, what
-        for file, name in names + re.findall(r"`(\w+\.py):(\w+)`", tests):
-            folder = "tests" if file.startswith("test_") else ""
-            assert name in defined(os.path.join(folder, file)), f"{file}:{name}"
+def test_symbols_and_tests_that_are_named_exist():
+    for file, name in re.findall(r"`(\w+\.py):([\w.]+)`", TEXT):
+        assert name in defined(("tests/" if file.startswith("test_") else "") + file), f"{file}:{name}"
+    tests = set().union(*map(defined, glob.glob("tests/test_*.py", root_dir=HERE)))
+    assert set(re.findall(r"`(test_\w+)`", TEXT)) <= tests
+
+
+def test_the_audit_leaves_nothing_of_the_paper_out():
+    table = rows(section(DOCS["docs/audit.md"], "Paper, code, test"))
+    for _, what, here, tests in table:
+        assert "not drawn" in here or ".py:" in here and "test_" in tests, what
     covered = set()
-    items = " ".join(row[0] for row in rows)
+    items = " ".join(row[0] for row in table)
     for kind, numbers in re.findall(r"(Eq\.|Fig\.|Tables?) (\d(?:[-\d]| to \d|, \d)*)", items):
         ends = re.findall(r"\d", numbers)
         span = range(int(ends[0]), int(ends[-1]) + 1) if re.search("-|to", numbers) else map(int, ends)
         covered |= {(kind[:3].rstrip("."), number) for number in span}
-    assert covered >= {(kind, n) for kind, last in (("Eq", 6), ("Fig", 4), ("Tab", 5)) for n in range(1, last + 1)}
+    parts = (("Eq", 6), ("Fig", 4), ("Tab", 5))
+    assert covered >= {(kind, n) for kind, last in parts for n in range(1, last + 1)}
 
+
+def test_messages_are_those_of_the_program():
+    source = re.sub(r'"\s*\n\s*f?"', "", read("stage.py") + read("pretrain.py") + METHOD)
+    for line, *_ in rows(section(DOCS["docs/running.md"], "What the messages mean")):
+        for part in line.strip("`").split("..."):
+            assert part.strip(" :;,") in source, part
+
+
+# ---- The programs in the documents -----------------------------------------------------------------------
 
 def write_toy(folder, count):
-    subprocess.run([sys.executable, os.path.join(HERE, "tests", "toy.py"), "toy", "--train", str(count), "--val", "1",
-                    "--det-train", "1", "--det-val", "1"], cwd=folder, check=True, capture_output=True)
+    numbers = f"--train {count} --val 1 --det-train 1 --det-val 1".split()
+    subprocess.run([sys.executable, f"{HERE}/tests/toy.py", "toy", *numbers], cwd=folder, check=True,
+                   capture_output=True)
 
 
-def test_the_six_breakpoints_show_what_the_readme_says(tmp_path):
-    section = README.partition("## Six breakpoints")[2].partition("\n## ")[0]
-    command = re.search(r"^    python (-m pdb .*?toy/images)$", section, re.M | re.S)[1].replace("\\\n", " ")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()
-            if re.match(r"\| (\| )?`", line)]
-    stops, typed = [], []
-    for where, keys, _ in rows:
+@pytest.mark.slow
+def test_the_six_breakpoints_show_what_is_promised(tmp_path):
+    text = section("\n" + DEBUGGING, "Six breakpoints")
+    command = re.search(r"^    python (-m pdb .*?toy/images)$", text, re.M | re.S)[1].replace("\\\n", " ")
+    table, stops, typed = rows(text), [], []
+    for where, keys, _ in table:
         if where:
             typed += ["c"] * bool(stops)
             stops.append(where.strip("`"))
         assert shlex.split(command).count(f"tbreak {stops[-1]}") == 1
         typed += re.findall("`(.*?)`", keys)
     assert len(stops) == 6
-    os.symlink(os.path.join(HERE, "insloc.py"), tmp_path / "insloc.py")
-    os.symlink(os.path.join(HERE, "pretrain.py"), tmp_path / "pretrain.py")
+    for name in ("insloc", "pretrain", "stage", "weights"):
+        os.symlink(f"{HERE}/{name}.py", tmp_path / f"{name}.py")
     write_toy(tmp_path, 40)
-    run = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, text=True, capture_output=True,
-                         input="\n".join([*typed, "q", ""]), env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    run = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, text=True, env=ENV,
+                         capture_output=True, input="\n".join([*typed, "q", ""]), timeout=300)
     assert "***" not in run.stdout and "Error" not in run.stdout + run.stderr, run.stdout + run.stderr
     at = 0
-    for where, _, see in rows:                              # each is seen, in this order
+    for where, _, see in table:                             # each is seen, in this order
         if where:
             at = run.stdout.index(f"{where.strip('`').rpartition('.')[2]}()", at)
         for fragment in re.findall("`(.*?)`", see):
-            assert fragment in run.stdout[at:], (fragment, run.stdout[at:])
-            at = run.stdout.index(fragment, at)
+            if not fragment.startswith("--"):
+                assert fragment in run.stdout[at:], (fragment, run.stdout[at:])
+                at = run.stdout.index(fragment, at)
     with open(tmp_path / "composite.png", "rb") as f:
         assert f.read(8) == b"\x89PNG\r\n\x1a\n"
 
@@ -161,74 +221,147 @@ def piece(names):
     text, lines = "", METHOD.splitlines(keepends=True)
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "") in wanted:
-            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
             text += "".join(lines[first - 1:node.end_lineno]) + "\n"
     return text
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+def programs(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def test_there_are_five_pieces():
-    assert len(SNIPPETS) == 5
+PIECES = programs(DEBUGGING)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["encoder", "jitter", "photometric", "queue", "loader"])
-def test_pieces_run_beside_their_source_alone(snippet, tmp_path):
-    names = re.search(r"^from insloc import ([\w, ]+)", snippet, re.M)[1].replace(",", " ").split()
+def test_there_are_five_pieces_and_two_detectors():
+    assert len(PIECES) == 5 and len(programs(README)) == 2
+
+
+@pytest.mark.parametrize("program", PIECES, ids=["encoder", "jitter", "photometric", "queue", "loader"])
+def test_pieces_run_beside_their_source_alone(program, monkeypatch, tmp_path):
+    names = re.search(r"^from insloc import ([\w, ]+)", program, re.M)[1].replace(",", " ").split()
     source = piece(names)
-    assert len(source) < len(METHOD) / 2
-    (tmp_path / "insloc.py").write_text(source)
-    (tmp_path / "program.py").write_text(snippet)
-    if "toy/" in snippet:
+    assert len(source) < len(METHOD) * 2 / 3
+    alone = types.ModuleType("insloc")
+    monkeypatch.setitem(sys.modules, "insloc", alone)       # what the program imports
+    exec(source, alone.__dict__)
+    monkeypatch.chdir(tmp_path)
+    if "toy/" in program:
         write_toy(tmp_path, 32)
-    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
-    assert run.returncode == 0, run.stderr
+    exec(program, {"__name__": "__main__"})
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """An FPN encoder, BatchNorm's statistics at random, and the folder with its run directories."""
+    folder = tmp_path_factory.mktemp("detectors")
+    encoder = FPNEncoder("resnet50")
+    for name, x in encoder.state_dict().items():
+        if "running" in name:
+            x.uniform_(0.5, 1.5)
+    for run, file, state in (("fpn", "checkpoint", {"encoder_q": encoder.state_dict()}),
+                             ("c4", "backbone", encoder.resnet.state_dict())):
+        os.makedirs(folder / f"runs/insloc_{run}")
+        torch.save(state, folder / f"runs/insloc_{run}/{file}.pth")
+    return encoder.eval(), folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("program", programs(README), ids=["Faster R-CNN", "Mask R-CNN"])
+def test_torchvisions_detectors_take_the_weights(program, monkeypatch, pretrained):
+    encoder, folder = pretrained
+    monkeypatch.chdir(folder)
+    space = {}
+    exec(program, space)
+    detector, net = space["detector"].eval(), encoder.resnet
+    images, pooled = torch.randn(1, 3, 64, 64), torch.randn(2, 256, 7, 7)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+    for i, layer in enumerate((net.layer1, net.layer2, net.layer3, net.layer4)):
+        x = layer(x)
+        assert torch.equal(detector.backbone.body(images)[str(i)], x)
+    if "weights" in space:
+        assert torch.equal(detector.roi_heads.box_head(pooled), encoder.box_head(pooled))
+        for ours, theirs in zip(encoder.pyramid(images), detector.backbone(images).values()):
+            assert torch.equal(ours, theirs)
+    detector.transform.min_size = (64,)
+    assert "boxes" in detector([images[0]])[0]
+
+
+# ---- The study -------------------------------------------------------------------------------------------
+
+RUNS = (("random",), ("moco_s0", "moco_s1"), ("ra_s0", "ra_s1"), ("cp_s0",), ("insloc_s0", "insloc_s1"))
+
+
+def result(run, name):
+    """A file of docs/results/RUN; of log.jsonl the logged steps."""
+    text = read(f"docs/results/{run}/{name}")
+    if name == "log.jsonl":
+        return [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    return json.loads(text)
+
+
+def last(run, key):
+    return sum(line[key] for line in result(run, "log.jsonl")[-10:]) / 10
+
+
+def place(run, protocol):
+    lines = result("insloc_s0" if run == "random" else run, "loc.json")["lines"]
+    net = "random" if run == "random" else "given"
+    return next(line["top1"] for line in lines if line["protocol"] == protocol and line["net"] == net)
+
+
+def measured(label, run):
+    if label in ("20-NN", "linear classification"):
+        return result(run, {"20-NN": "knn.json"}.get(label, "lin.json"))["top1"]
+    return place(run, label)
+
+
+def brief(value, digits):
+    return f"{value:.{digits}f}".removeprefix("0") if digits > 1 else f"{value:.{digits}f}"
 
 
 def test_the_studys_table_is_what_its_files_say():
     """docs/results/README.md against the results.json and log.jsonl beside it."""
-    folder = os.path.join(HERE, "docs", "results")
-    with open(os.path.join(folder, "README.md")) as f:
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
-    small = {row[0].strip("`"): row[1:] for row in rows if len(row) in (3, 4, 6)}   # detection, ablations
-    rows = {row[0].partition(",")[0].partition("` (")[0].strip("`"): row[1:6] for row in rows if len(row) == 7}
-    columns = (("random",), ("moco_s0", "moco_s1"), ("ra_s0", "ra_s1"), ("cp_s0",), ("insloc_s0", "insloc_s1"))
-
-    def read(run, name):
-        with open(os.path.join(folder, run, name)) as f:
-            return [line for line in map(json.loads, f) if "loss" in line] if name == "log.jsonl" else json.load(f)
-
-    def place(run, protocol):
-        lines = read("insloc_s0" if run == "random" else run, "loc.json")["lines"]
-        return next(line["top1"] for line in lines if line["protocol"] == protocol
-                    and line["net"] == ("random" if run == "random" else "given"))
-
-    for column, runs in enumerate(columns):
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in read("docs/results/README.md").splitlines() if line.startswith("| ")]
+    small = {row[0].strip("`"): row[1:] for row in cells if len(row) in (3, 4, 6)}   # detection, ablations
+    table = {re.split(",|` [(]", row[0])[0].strip("`"): row[1:6] for row in cells if len(row) == 7}
+    table["full"] = table["localization"]
+    for column, runs in enumerate(RUNS):
         if runs != ("random",):
-            last = [sum(line["acc_batch"] for line in read(run, "log.jsonl")[-10:]) / 10 for run in runs]
-            assert rows["acc_batch"][column] == ", ".join(f"{value:.2f}".lstrip("0") for value in last)
-        for label, values in [("20-NN", [read(run, "knn.json")["top1"] for run in runs]),
-                              ("linear classification", [read(run, "lin.json")["top1"] for run in runs]),
-                              *((label, [place(run, protocol) for run in runs]) for label, protocol in
-                                (("localization", "full"), *((name, name) for name in
-                                                             ("gray", "reflect", "placed", "alone"))))]:
-            assert rows[label][column].rstrip("*") == ", ".join(f"{value:.1f}" for value in values), (runs, label)
-    for run in os.listdir(os.path.join(folder, "abl")):
-        last = sum(line["acc_batch"] for line in read(f"abl/{run}", "log.jsonl")[-10:]) / 10
-        values = [read(f"abl/{run}", "knn.json")["top1"],
-                  *(place(f"abl/{run}", name) for name in ("reflect", "placed"))]
-        assert small[run][1:] == [f"{last:.2f}".lstrip("0"), *(f"{value:.1f}" for value in values)], run
-    for run in [f"fpn/{rung}" for rung in ("moco", "ra", "cp", "insloc")] + [
-            f"fpn2/{rung}" for rung in ("moco", "ra", "cp", "insloc", "levels")]:
-        means = [sum(line[key] for line in read(run, "log.jsonl")[-10:]) / 10 for key in ("acc_batch", "acc_queue")]
-        values = [read(run, "knn.json")["top1"], *(place(run, name) for name in ("reflect", "placed"))]
-        assert small[run] == [f"{mean:.3f}".lstrip("0") for mean in means] + [f"{value:.1f}" for value in values], run
-    for name in os.listdir(os.path.join(folder, "det")):
-        found = read("det", name)["mean"]
-        assert small[name.partition(".")[0]] == [f"{found[ap]:.1f}" for ap in ("AP50bb", "APbb")], name
-    for name in os.listdir(os.path.join(folder, "det_coco")):
-        found = read("det_coco", name)
+            assert table["acc_batch"][column] == ", ".join(brief(last(run, "acc_batch"), 2) for run in runs)
+        for label in ("20-NN", "linear classification", "full", "gray", "reflect", "placed", "alone"):
+            values = ", ".join(brief(measured(label, run), 1) for run in runs)
+            assert table[label][column].rstrip("*") == values, (runs, label)
+    for run in os.listdir(f"{HERE}/docs/results/abl"):
+        values = [measured(label, f"abl/{run}") for label in ("20-NN", "reflect", "placed")]
+        accuracy = brief(last(f"abl/{run}", "acc_batch"), 2)
+        assert small[run][1:] == [accuracy, *(brief(value, 1) for value in values)], run
+    ladder = ("moco", "ra", "cp", "insloc")
+    for run in [*(f"fpn/{rung}" for rung in ladder), *(f"fpn2/{rung}" for rung in (*ladder, "levels"))]:
+        values = [measured(label, run) for label in ("20-NN", "reflect", "placed")]
+        means = [brief(last(run, key), 3) for key in ("acc_batch", "acc_queue")]
+        assert small[run] == means + [brief(value, 1) for value in values], run
+    for name in os.listdir(f"{HERE}/docs/results/det"):
+        found = result("det", name)["mean"]
+        assert small[name.partition(".")[0]] == [brief(found[ap], 1) for ap in ("AP50bb", "APbb")], name
+    for name in os.listdir(f"{HERE}/docs/results/det_coco"):
+        found = result("det_coco", name)
         values = [found["mean"]["AP50bb"], found["mean"]["AP50mk"], found["trials"][0]["bbox"]["APl"]]
-        assert small[f"coco_{name.partition('.')[0]}"] == [f"{value:.1f}" for value in values], name
+        assert small[f"coco_{name.partition('.')[0]}"] == [brief(value, 1) for value in values], name
+
+
+def test_the_readmes_results_are_means_of_the_study():
+    table = {row[0]: row[2].split(" / ") for row in rows(section(README, "Results"))}
+    for start, label in (("linear", "linear classification"), ("20-NN", "20-NN"),
+                         ("localization, `full`", "full"), ("localization, `reflect`", "reflect")):
+        cells, = (row for name, row in table.items() if name.startswith(start))
+        for cell, runs in zip(cells, RUNS, strict=True):
+            mean = sum(measured(label, run) for run in runs) / len(runs)
+            assert cell == "diverged" or abs(float(cell) - mean) < 0.051, (label, runs, mean)
+    cells, = (row for name, row in table.items() if name.startswith("detection from 400"))
+    for cell, net in zip(cells, ("random", "moco", "ra", "cp", "insloc"), strict=True):
+        found = [result("det", name)["mean"]["AP50bb"] for name in os.listdir(f"{HERE}/docs/results/det")
+                 if name.startswith(f"{net}_")]
+        assert (cell == "not run") == (not found)
+        assert not found or abs(float(cell.split()[0]) - sum(found) / len(found)) < 0.051, (net, found)

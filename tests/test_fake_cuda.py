@@ -1,0 +1,215 @@
+"""A whole run of pretrain.main on a GPU that is not there: no line of a step waits for it, none mixes devices.
+
+What waits is what must: the log line, and the copy of a checkpoint. See fake_cuda.py; the GPU's twin is
+test_gpu.py.
+"""
+import contextlib
+import json
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+import fake_cuda
+import insloc
+import pretrain
+from conftest import write_images
+from fake_cuda import FakeDDP, FakeGPU, Mixes, Waits, gpu_here
+
+WHY = fake_cuda.missing()
+pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
+
+# The lines that wait on purpose: two of a log line, and one that copies what a checkpoint holds.
+LOG = ("*losses, acc_queue, acc_batch = ", '"queue_filled": queue.filled.item()')
+SAVE = ("value = value.cpu()",)
+
+
+@pytest.fixture(scope="module")
+def sixteen(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("sixteen"), 16)             # two steps of 8 an epoch
+
+
+def run(line, photos, out, world=1, **replaced):
+    """pretrain.py on fake GPUs, as rank 0 of `world`, with some of its names replaced. Returns the FakeGPU."""
+    gpu = FakeGPU(may_wait=(*LOG, *SAVE), unpinned=2 ** 13)                 # the images of a view have 49 KB
+    update = replaced.get("momentum_update", pretrain.momentum_update)
+    gpu.steps = 0
+
+    def momentum_update(*args):                     # from the first one on nothing else may wait
+        gpu.strict = True
+        gpu.steps += 1
+        return update(*args)
+
+    replaced = {**replaced, "momentum_update": momentum_update, "DistributedDataParallel": FakeDDP}
+    command = (f"--resnet narrow18 --image-size 64 --batch-size 8 --bn-group 4 --epochs 1 --queue-size 8 --device "
+               f"cuda --nprocs {world} --workers 0 --log-every 2 --out {out} {line} {photos}")
+    with gpu_here(gpu), contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch.object(pretrain, name, value))
+        args = pretrain.get_args(command.split())
+        prepared = pretrain.find_data(args)
+        os.makedirs(out, exist_ok=True)
+        with gpu:
+            pretrain.stage.run(0, "env://", pretrain.main, args, prepared)
+    return gpu
+
+
+def in_order(waited, texts):
+    return len(waited) == len(texts) and all(text in line[2] for line, text in zip(waited, texts))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("line", [
+    "--arch c4 --method insloc",
+    "--arch fpn --method insloc",
+    "--arch c4 --method cp --aug-on composite --nesterov",
+    pytest.param("--arch c4 --method moco", marks=pytest.mark.slow),
+    pytest.param("--arch c4 --method ra --precision fp32", marks=pytest.mark.slow),
+    pytest.param("--arch fpn --method moco --precision fp64", marks=pytest.mark.slow),
+    pytest.param("--arch fpn --method ra --fill-queue", marks=pytest.mark.slow),
+    pytest.param("--arch fpn --method cp --backgrounds dataset --keep-aspect", marks=pytest.mark.slow),
+    pytest.param("--arch fpn --method insloc --jitter-levels all --fg-size 32 48", marks=pytest.mark.slow),
+])
+def test_no_line_of_a_step_waits_or_mixes_devices(line, world, sixteen, tmp_path):
+    gpu = run(line, sixteen, tmp_path / "run", world)
+    assert gpu.steps == 2
+    assert in_order(gpu.waited, [*LOG, *SAVE])      # one log line and one checkpoint, after two steps
+
+
+def test_what_a_gpu_run_leaves_behind_lies_on_the_cpu_and_goes_on(sixteen, tmp_path):
+    """Two checkpoints; the newer one is thrown away, and the run goes on from the one before."""
+    out = tmp_path / "run"
+    line = "--arch c4 --epochs 2 --save-steps 2"
+    gpu = run(line, sixteen, out)
+    assert gpu.steps == 4
+    assert in_order(gpu.waited, 2 * [*LOG, *SAVE])
+    for name in ("checkpoint.pth", "checkpoint_prev.pth", "backbone.pth"):
+        torch.load(out / name, weights_only=True)   # of a tensor with a tag cuda:0 this fails, without a driver
+    os.remove(out / "checkpoint.pth")
+    gpu = run(f"{line} --resume", sixteen, out)
+    assert gpu.steps == 2
+    assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] == 4
+    with open(out / "log.jsonl") as f:
+        logged = [json.loads(text) for text in f]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [2, 4]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Planted faults. Each function takes the place of the one of pretrain.py that it is named after; the line
+# marked `fault` must be the one that is blamed.
+# ----------------------------------------------------------------------------------------------------------
+
+FAULTS = []
+
+
+def fault(name, error, world=1):
+    def register(function):
+        FAULTS.append(pytest.param(name, function, error, world, id=function.__name__))
+        return function
+    return register
+
+
+@fault("augment", Waits)
+def blocking_to(view, args, device, original=pretrain.augment):
+    view["images"].to(device)                                                               # fault
+    return original(view, args, device)
+
+
+@fault("augment", Waits)
+def blocking_copy_into(view, args, device, original=pretrain.augment):
+    torch.empty(len(view["boxes"]), 4, device=device).copy_(view["boxes"])                  # fault
+    return original(view, args, device)
+
+
+@fault("augment", Mixes)
+def mean_on_the_cpu(view, args, device, original=pretrain.augment):
+    return original(view, args, device) - torch.tensor(pretrain.PIXEL_MEAN)[:, None, None]  # fault
+
+
+@fault("photometric", Waits)
+def index_on_the_cpu(images, params, boxes, original=pretrain.photometric):
+    images[params["order"].argmax(dim=1)]                                                   # fault
+    return original(images, params, boxes)
+
+
+@fault("photometric", Waits)
+def mask_as_index(images, params, boxes, original=pretrain.photometric):
+    images[images > 1] = 1                                                                  # fault
+    return original(images, params, boxes)
+
+
+@fault("photometric", Mixes)
+def value_on_the_cpu(images, params, boxes, original=pretrain.photometric):
+    images[torch.arange(len(images), device=images.device)] = torch.rand(3, 1, 1)           # fault
+    return original(images, params, boxes)
+
+
+@fault("photometric", Waits)
+def nonzero(images, params, boxes, original=pretrain.photometric):
+    images.amax(dim=(1, 2, 3)).nonzero()                                                    # fault
+    return original(images, params, boxes)
+
+
+@fault("boxes_of", Waits)
+def tensor_of_a_list(view, args, device, original=pretrain.boxes_of):
+    torch.tensor(view["boxes"].tolist(), device=device)                                     # fault
+    return original(view, args, device)
+
+
+@fault("boxes_of", Waits)
+def new_tensor(view, args, device, original=pretrain.boxes_of):
+    boxes = original(view, args, device)
+    return boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])                                   # fault
+
+
+@fault("shuffle", Waits)
+def pinned_memory_lost(views, rows, world, device, original=pretrain.shuffle):
+    torch.cat([view["images"] for view in views]).to(device, non_blocking=True)             # fault
+    return original(views, rows, world, device)
+
+
+@fault("all_gather", Waits, world=2)
+def gathered_through_the_cpu(rows, world, original=pretrain.all_gather):
+    return original(rows.cpu(), world)                                                      # fault
+
+
+@fault("info_nce", Waits)
+def item(q, k, queue, temperature, original=pretrain.info_nce):
+    loss, logits = original(q, k, queue, temperature)
+    print(loss.sum().item())                                                                # fault
+    return loss, logits
+
+
+@fault("info_nce", Waits)
+def decision(q, k, queue, temperature, original=pretrain.info_nce):
+    loss, logits = original(q, k, queue, temperature)
+    if not loss.isfinite().all():                                                           # fault
+        raise FloatingPointError
+    return loss, logits
+
+
+@fault("info_nce", Mixes)
+def stack_with_the_cpu(q, k, queue, temperature, original=pretrain.info_nce):
+    loss, logits = original(q, k, queue, temperature)
+    torch.stack([loss[0], torch.tensor(0.0)])                                               # fault
+    return loss, logits
+
+
+@fault("momentum_update", Waits)
+def synchronize(encoder_k, encoder_q, momentum, original=pretrain.momentum_update):
+    torch.cuda.synchronize()                                                                # fault
+    return original(encoder_k, encoder_q, momentum)
+
+
+@fault("KeyQueue", Waits)
+class PointerAsNumber(insloc.KeyQueue):
+    def enqueue(self, keys):
+        int(self.ptr)                                                                       # fault
+        return super().enqueue(keys)
+
+
+@pytest.mark.parametrize("name, function, error, world", FAULTS)
+def test_a_planted_fault_is_caught_at_its_line(name, function, error, world, sixteen, tmp_path):
+    with pytest.raises(error, match="# fault$"):
+        run("--arch c4", sixteen, tmp_path / "run", world, save_composites=lambda *_: None, **{name: function})

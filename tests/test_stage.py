@@ -1,0 +1,479 @@
+"""stage.py, by runs of pretrain.py: launchers, signals, full disks, damaged files. What was interrupted and
+resumed must be, bit for bit, the run that was not."""
+import contextlib
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+import stage
+from conftest import SMALL, finish, lines, same, start, state_of, tensors, wait_for_step, write_images
+from insloc import KeyQueue
+
+RUN = [*SMALL, "--image-size", "32", "--batch-size", "6", "--epochs", "2", "--save-steps", "3"]
+LAST = 12                                                                                   # its steps
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are started: bit for bit is for the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(photos, tmp_path_factory):
+    """base(processes): the folder of the run without faults."""
+    done = {}
+
+    def run(count):
+        if count not in done:
+            done[count] = tmp_path_factory.mktemp(f"base{count}")
+            finish(start(*RUN, "--nprocs", count, "--out", done[count], photos, env=ENV))
+        return done[count]
+    return run
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank, world, port, **more):
+    """The environment of a process of a launcher that sets no LOCAL_* variables."""
+    return {**ENV, "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), **more}
+
+
+def one_line(err):
+    assert err.startswith("pretrain.py: error: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---- Launchers -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variables, said", [
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is ''"),
+    ({"WORLD_SIZE": "", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is ''"),
+    ({"WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is 'two'"),
+    ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "not MASTER_ADDR"),
+    ({"RANK": "", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is ''")], ids=str)
+def test_half_of_torchruns_variables_are_refused(here, monkeypatch, photos, tmp_path, variables, said):
+    for name, value in {"RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = here(*RUN, "--out", tmp_path, photos)
+    assert status == 1 and said in one_line(err) and "start by torchrun, or unset RANK" in err
+
+
+def test_without_local_variables_there_is_one_process_a_machine(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for name, value in as_rank(1, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    args = pretrain.get_args([*RUN, "x"])
+    assert (args.world, args.nprocs) == (2, 1)
+
+
+def test_a_port_in_use_is_one_line(photos, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = as_rank(0, 2, taken.getsockname()[1])
+        _, err = finish(start(*RUN, "--out", tmp_path, photos, env=env), 1)
+    assert "process 0 does not meet the others" in err.splitlines()[-1] and "MASTER_PORT" in err
+
+
+def test_a_network_interface_that_is_not_there_is_one_line(photos, tmp_path):
+    env = {**ENV, "GLOO_SOCKET_IFNAME": "nothing0"}
+    _, err = finish(start(*RUN, "--nprocs", 2, "--out", tmp_path, photos, env=env), 1)
+    assert "nothing0" in err.splitlines()[-1] and "GLOO_SOCKET_IFNAME" in err.splitlines()[-1]
+
+
+def test_two_ranks_of_a_launcher_are_one_process_group(base, photos, tmp_path):
+    port = free_port()
+    ranks = [start(*RUN, "--out", tmp_path, photos, env=as_rank(rank, 2, port)) for rank in range(2)]
+    for process in ranks:
+        finish(process)
+    assert same(state_of(tmp_path), state_of(base(2)))
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun_are_one_process_group(base, photos, tmp_path):
+    launcher = [sys.executable, *"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-id faults "
+                f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()}".split(), pretrain.__file__]
+    agents = [start(*RUN, "--out", tmp_path, "--resume", photos, launcher=launcher, env=ENV)
+              for _ in range(2)]
+    for agent in agents:
+        finish(agent)
+    assert same(state_of(tmp_path), state_of(base(2)))
+
+
+@pytest.mark.parametrize("option", ["--lr", "--log-every", "--save-steps"])
+def test_ranks_of_other_settings_refuse_each_other(photos, tmp_path, option):
+    port = free_port()
+    ranks = [start(*RUN, option, 1 + rank, "--out", tmp_path / str(rank), photos, env=as_rank(rank, 2, port))
+             for rank in range(2)]
+    errors = [finish(process, status=1)[1] for process in ranks]
+    name = option[2:].replace("-", "_")
+    assert f"the processes differ, give all the same command, data and --out: {name}" in errors[0]
+
+
+def test_a_second_run_into_the_directory_is_refused(here, photos, tmp_path):
+    """As several tasks of srun are, each of which takes itself for the only one."""
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; lock = open(sys.argv[1], 'w'); "
+                               "fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()",
+                               tmp_path / stage.LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    status, _, err = here(*RUN, "--out", tmp_path, photos)
+    holder.communicate()
+    assert status == 1 and "another process works in" in one_line(err)
+
+
+# ---- Signals and deaths ----------------------------------------------------------------------------------
+
+def children(pid):
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{pid}/children") as f:
+        return [int(child) for child in f.read().split()]
+    return []
+
+
+def ranks_of(process):
+    """The processes of the ranks, in their order; multiprocessing's resource tracker is none."""
+    found = []
+    for child in children(process.pid):
+        with open(f"/proc/{child}/cmdline") as f:
+            if "spawn_main" in f.read():
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_parent_stops_all_ranks_with_one_line(base, photos, tmp_path):
+    options = [*RUN, "--nprocs", 2, "--out", tmp_path, "--resume", photos]
+    process = start(*options, env=ENV)
+    wait_for_step(process, tmp_path, 2)
+    both = ranks_of(process)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = finish(process, 130)
+    assert err.startswith("stopped by SIGINT after step ") and err.count("\n") == 1
+    assert len(both) == 2 and not any(os.path.exists(f"/proc/{rank}") for rank in both)
+    finish(start(*options, env=ENV))
+    assert same(state_of(tmp_path), state_of(base(2)))
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_is_no_traceback(photos, tmp_path):
+    process = start(*RUN, "--nprocs", 2, "--out", tmp_path, photos, env=ENV)
+    end = time.time() + 60
+    while time.time() < end and len(both := ranks_of(process)) < 2:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and err.count("\n") <= 1
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in both)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_it_saves_ends_in_one_line_and_loses_nothing(base, photos, tmp_path):
+    options = [*RUN, "--nprocs", 2, "--out", tmp_path, "--resume", photos]
+    process = start(*options, env=ENV)
+    wait_for_step(process, tmp_path, 2)
+    both = ranks_of(process)
+    while not os.path.exists(tmp_path / "checkpoint.pth.tmp") and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(both[0], signal.SIGKILL)
+    _, err = finish(process, status=1)
+    assert "a process was ended by SIGKILL; --resume goes on from the last checkpoint" in one_line(err)
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in both)
+    finish(start(*options, env=ENV))
+    assert same(state_of(tmp_path), state_of(base(2)))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, LAST + 1))
+    assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in lines(base(2))]
+
+
+@pytest.mark.slow
+def test_a_dead_loader_worker_ends_the_run_at_once(photos, tmp_path):
+    process = start(*RUN, "--workers", 1, "--out", tmp_path, "--epochs", 1000, photos, env=ENV)
+    wait_for_step(process, tmp_path, 2)
+    worker, began = children(process.pid)[-1], time.time()
+    os.kill(worker, signal.SIGKILL)
+    _, err = finish(process, status=1)
+    assert time.time() - began < 30                         # ten minutes, it was
+    assert "DataLoader worker" in one_line(err) and "--shm-size" in err and "--resume" in err
+
+
+def test_a_request_to_stop_in_mid_save_waits_for_the_next_step(here, base, monkeypatch, photos, tmp_path):
+    write, pid = torch.save, os.getpid()
+
+    def save_and_be_asked_to_stop(*arguments, **more):
+        os.kill(pid, signal.SIGTERM)
+        write(*arguments, **more)
+
+    options = [*RUN, "--out", tmp_path, "--resume", photos]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_and_be_asked_to_stop)
+        status, _, err = here(*options)
+    assert status == 143 and "stopped by SIGTERM after step 4" in err
+    assert state_of(tmp_path)["step"] == 4
+    assert here(*options)[0] == 0
+    assert same(state_of(tmp_path), state_of(base(1)))
+
+
+# ---- The disk: full, damaged -----------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB: room for one checkpoint and the weights (12 MB), not for a second."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True,
+                           text=True)
+    if mount.returncode:
+        pytest.skip(f"mounting is not allowed here: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(here, base, photos, small_disk):
+    options = [*RUN, "--out", small_disk / "run", "--resume", photos]
+    status, _, err = here(*options)
+    assert status == 1 and "step 6 is not saved" in one_line(err) and "keeps its last checkpoint" in err
+    assert state_of(small_disk / "run")["step"] == 3
+    assert not [name for name in os.listdir(small_disk / "run") if name.endswith(".tmp")]
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    assert here(*options)[0] == 0
+    assert same(state_of(small_disk / "run"), state_of(base(1)))
+
+
+def test_a_disk_too_full_for_a_log_line_ends_in_one_line(here, base, monkeypatch, photos, small_disk):
+    def fill(self, keys):
+        with open(small_disk / "run" / "log.jsonl", "ab") as f:     # to the end of its page
+            f.write(b"\n" * (-f.tell() % 4096))
+        with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(4096))
+        original(self, keys)
+
+    original = KeyQueue.enqueue
+    options = [*RUN, "--out", small_disk / "run", "--resume", photos]
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyQueue, "enqueue", fill)
+        status, _, err = here(*options)
+    assert status == 1 and "No space left on device" in one_line(err)
+    os.remove(small_disk / "filler")
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    assert here(*options)[0] == 0
+    assert same(state_of(small_disk / "run"), state_of(base(1)))
+    assert [line["step"] for line in lines(small_disk / "run")] == list(range(1, LAST + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, status", [(2, 1), (0, 0)])
+def test_shared_memory_that_is_too_small_is_named_and_no_workers_need_none(photos, tmp_path, workers, status):
+    mount = "mount -t tmpfs -o size=100k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    launcher = ["unshare", "-m", "sh", "-c", f'{mount}; exec "$@"', "sh", sys.executable, pretrain.__file__]
+    _, err = finish(start(*SMALL, "--bn-group", 6, "--workers", workers, "--epochs", 1, "--out", tmp_path, photos,
+                          launcher=launcher), status)
+    if status:
+        assert "/dev/shm" in one_line(err) and "--workers or 0" in err and "--shm-size" in err
+
+
+def cut(content):
+    return content[:len(content) // 2]
+
+
+def one_bit(content):
+    """In a tensor; torch.load would not notice."""
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("damage", [cut, one_bit])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(here, base, photos, tmp_path, damage):
+    out = shutil.copytree(base(1), tmp_path / "run")
+    (out / "checkpoint.pth").write_bytes(damage((out / "checkpoint.pth").read_bytes()))
+    status, text, _ = here(*RUN, "--resume", "--out", out, photos)
+    assert status == 0 and f"{out}/checkpoint.pth cannot be read: " in text
+    assert f"resuming from {out}/checkpoint_prev.pth" in text
+    assert same(state_of(out), state_of(base(1)))
+
+
+def test_two_damaged_checkpoints_are_refused(here, base, photos, tmp_path):
+    for name in ("checkpoint.pth", "checkpoint_prev.pth"):
+        (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(100_000))
+    status, _, err = here(*RUN, "--resume", "--out", tmp_path, photos)
+    assert status == 1 and "no readable checkpoint" in one_line(err)
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_resuming_runs_no_code_of_a_checkpoint(here, photos, tmp_path):
+    torch.save({"step": 1, "settings": [Hostile(str(tmp_path / "ran"))]}, tmp_path / "checkpoint.pth")
+    status, text, err = here(*RUN, "--resume", "--out", tmp_path, photos)
+    assert status == 1 and "cannot be read" in text and "no readable checkpoint" in one_line(err)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = str(tmp_path / "file")
+    stage.write_atomically(path, lambda f: f.write(b"old"))
+
+    def fail(f):
+        f.write(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.write_atomically(path, fail)
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+# ---- Numbers that are not finite -------------------------------------------------------------------------
+
+def poison_loss(monkeypatch, step):
+    steps, info_nce = [], pretrain.info_nce
+
+    def poisoned(q, *more):
+        steps.append(1)
+        loss, logits = info_nce(q, *more)
+        return loss + (math.inf if len(steps) == 2 * step else 0), logits       # two groups a step
+    monkeypatch.setattr(pretrain, "info_nce", poisoned)
+
+
+def poison_weights(monkeypatch, step):
+    steps, sgd = [], torch.optim.SGD.step
+
+    def poisoned(self):
+        sgd(self)
+        steps.append(1)
+        if len(steps) == step:
+            self.param_groups[0]["params"][7].data.view(-1)[3] = math.nan
+    monkeypatch.setattr(torch.optim.SGD, "step", poisoned)
+
+
+def poison_queue(monkeypatch, step):
+    steps, enqueue = [], KeyQueue.enqueue
+
+    def poisoned(self, keys):
+        steps.append(1)
+        enqueue(self, keys * (math.inf if len(steps) == step else 1))
+    monkeypatch.setattr(KeyQueue, "enqueue", poisoned)
+
+
+@pytest.mark.parametrize("poison, said", [(poison_loss, "the loss of steps 3 to 4 is not finite"),
+                                          (poison_weights, "not finite"), (poison_queue, "not finite")])
+def test_what_is_not_finite_ends_the_run_and_spoils_no_checkpoint(here, monkeypatch, photos, tmp_path,
+                                                                  poison, said):
+    """In step 4, which is saved; the checkpoint before is that of step 2."""
+    poison(monkeypatch, 4)
+    status, _, err = here(*RUN, "--save-steps", 2, "--log-every", 2, "--method", "moco", "--out", tmp_path,
+                          photos)
+    assert status == 1 and said in one_line(err) and "--lr" in err
+    state = state_of(tmp_path)
+    assert state["step"] == 2 and all(x.isfinite().all() for x in tensors(state).values())
+
+
+# ---- Images that are damaged, gone or odd ----------------------------------------------------------------
+
+@pytest.fixture
+def damaged(tmp_path):
+    """120 images, number 003 of them is none."""
+    folder = tmp_path / "damaged"
+    write_images(folder, 120)
+    (folder / "003.jpg").write_bytes(b"\xff\xd8\xff but no JPEG")
+    return folder
+
+
+DAMAGED = [*SMALL, "--method", "moco", "--image-size", 32, "--batch-size", 120, "--bn-group", 30]
+
+
+def test_a_damaged_image_is_named_once_and_replaced_the_same_for_any_workers(here, damaged, tmp_path):
+    for workers in (0, 2):
+        status, text, _ = here(*DAMAGED, "--epochs", 2, "--workers", workers, "--out",
+                               tmp_path / str(workers), damaged)
+        assert status == 0 and text.count("cannot read") == 1
+        assert f"cannot read '{damaged}/003.jpg': another image takes its place" in text
+    assert same(*(state_of(tmp_path / str(workers)) for workers in (0, 2)))
+
+
+def test_more_than_one_percent_damaged_is_an_error_that_names_them(here, damaged, tmp_path):
+    for i in range(20, 32):
+        (damaged / f"{i:03d}.{'png' if i % 10 == 7 else 'jpg'}").write_bytes(b"")
+    status, _, err = here(*DAMAGED, "--epochs", 9, "--out", tmp_path / "out", damaged)
+    assert status == 1 and "13 of 120 images cannot be read, over 1 %" in one_line(err)
+    assert err.count("jpg'") + err.count("png'") == 10 and "003.jpg" in err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_is_gone_is_one_line(here, monkeypatch, photos, tmp_path, workers):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    args = pretrain.get_args([*RUN, "--out", str(tmp_path / "out"), str(folder)])
+    found = pretrain.find_data(args)
+    monkeypatch.setattr(pretrain, "find_data", lambda args: found)
+    monkeypatch.setattr(pretrain, "save_composites", lambda *given: None)
+    shutil.rmtree(folder)
+    status, _, err = here(*RUN, "--workers", workers, "--out", tmp_path / "out", folder)
+    assert status == 1 and "loading step 1: ten files in a row cannot be read, such as '/" in one_line(err)
+
+
+# ---- The walk over a folder ------------------------------------------------------------------------------
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("a.jpg", "deep/er/b.PNG", ".ipynb_checkpoints/c.jpg", ".hidden.jpg", "notes.txt",
+                 "label.txt", "README", f"run/{stage.LOCK}", "run/composites.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.symlink(tmp_path, tmp_path / "deep" / "loop")
+    return tmp_path
+
+
+def test_the_walk_finds_images_at_any_depth_and_each_folder_once(tree):
+    assert stage.find_images(str(tree)) == [b"a.jpg", b"deep/er/b.PNG"]
+
+
+def test_the_walk_says_what_it_left_out(tree, capsys):
+    stage.find_images(str(tree))
+    said = capsys.readouterr().out
+    assert "4 files left out, which are no images: 2 .txt" in said and "1 without ending" in said
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tree, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fsencode(path).endswith(b"er"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SystemExit, match="deep/er: Permission denied"):
+        stage.find_images(str(tree))
+
+
+def test_differences_name_what_differs():
+    then, now = {"lr": 1, "out": "a", "new": 2}, {"lr": 2, "out": "b"}
+    assert stage.differences(then, now, {"out"}) == "lr was 1, is 2; new was 2, is None"
+    assert stage.differences(then, then, set()) == ""
