@@ -286,11 +286,13 @@ def find_sets(args):
             for split in ("train", "val")]
 
 
-def mended(content, tenth=False):
-    """A COCO json with what only the evaluation asks for, without what is not used. tenth: of its images.
+def mend_coco(path, copy, tenth):
+    """Path of a COCO json with what only the evaluation asks for, without what is not used: it, or a copy.
 
-    ValueError names what would be lost in silence.
+    tenth: of its images, Mini-COCO. ValueError names what would be lost in silence.
     """
+    with open(path) as f:
+        content = json.load(f)
     times = collections.Counter(image["id"] for image in content["images"])
     for image in content["images"]:
         if times[image["id"]] > 1:
@@ -317,7 +319,11 @@ def mended(content, tenth=False):
         boxes.append({key: value for key, value in box.items() if key not in unused})
     images = [image for image in content["images"] if image["id"] in kept]
     categories = [{**category, "name": str(category["name"])} for category in content["categories"]]
-    return {**content, "images": images, "annotations": boxes, "categories": categories}
+    better = {**content, "images": images, "annotations": boxes, "categories": categories}
+    if better == content:
+        return path
+    stage.write_atomically(copy, lambda f: f.write(json.dumps(better).encode()))
+    return copy
 
 
 def picture_fault(item):
@@ -356,19 +362,16 @@ def read_set(args, name, folder, labels):
     """
     source = f"{folder}/ImageSets/Main/{labels}.txt" if name.startswith("voc") else labels
     try:
-        with open(source) as f:
-            content = f.read()
         if name.startswith("voc"):
-            odd = [line for line in content.splitlines() if line.split() != [line] or "#" in line]
-            if odd or len(content.splitlines()) < 2:
+            with open(source) as f:
+                names = f.read().splitlines()
+            odd = [x for x in names if x.split() != [x] or "#" in x]
+            if odd or len(names) < 2:
                 raise ValueError(f"{odd[:1]}: detectron2 takes two names or more, one a line, no space, no #")
             items, classes = datasets.load_voc_instances(folder, labels, args.classes), args.classes
         else:
-            content = json.loads(content)
-            better = mended(content, args.protocol == "minicoco-c4" and name == "coco_train")
-            if better != content:
-                labels = os.path.join(args.out, f"{name}.json")
-                stage.write_atomically(labels, lambda f: f.write(json.dumps(better).encode()))
+            tenth = args.protocol == "minicoco-c4" and name == "coco_train"
+            labels = mend_coco(labels, os.path.join(args.out, f"{name}.json"), tenth)
             items = datasets.load_coco_json(labels, folder, name)
             classes = MetadataCatalog.get(name).thing_classes
     except Exception as error:                                      # any: labels are what somebody wrote
@@ -393,7 +396,8 @@ def load_data(args):
             raise ValueError(f"{labels}: its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
         data.classes = classes
         data.masks = data.masks and all("segmentation" in box for box in boxes)
-        data.digests.append(stage.digest(repr(item["annotations"]).encode() for item in items))
+        digests = [stage.digest([repr((item["image_id"], item["annotations"])).encode()]) for item in items]
+        data.digests.append(stage.digest(digest.encode() for digest in digests))
         data.sets.append((name, folder, labels))
         if name.endswith(("train", "trainval")):
             data.run_length |= any(isinstance(box.get("segmentation"), dict) for box in boxes)
@@ -629,7 +633,7 @@ def train(cfg, weights, arch, last, say):
         loaded, left = load_weights(model, weights, arch)
         dropped = [*weights.dropped, *(weights.extras if arch == "c4" else ())]
         for what, names in (("loaded", loaded), ("left at random init", left), ("dropped", dropped)):
-            places = sorted({".".join(name.split(".")[:2]) for name in names})
+            places = sorted({re.sub(r"\d", "", ".".join(name.split(".")[:2])) for name in names})
             say(f"{what}: {len(names)} tensors, {', '.join(places)[:200]}")
     trainer.train()
     return model, getattr(trainer, "_last_eval_results", None)

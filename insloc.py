@@ -277,7 +277,7 @@ def read_image(path):
     if not os.path.isfile(path):                                     # a pipe or a device would block for ever
         raise OSError("not a file")
     with PIL.Image.open(path) as image:
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):                 # MPO: several JPEGs, the first is the picture
             data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
             try:
                 return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB)
@@ -308,8 +308,8 @@ class Views(torch.utils.data.Dataset):
     keep_aspect: bool = False           # fit the crop into the drawn sides, do not stretch it, as released
     dataset_backgrounds: bool = False   # backgrounds: two more images for this sample, as released
 
-    def __getitem__(self, key):
-        epoch, step, group, index = key
+    def __getitem__(self, item):
+        epoch, step, group, index = item
         generator = generator_for(self.seed, "sample", epoch, index)
         canvas = [self.image_size, self.image_size]         # backgrounds are squashed to it
         unreadable = []
@@ -320,15 +320,22 @@ class Views(torch.utils.data.Dataset):
         if self.fg_size and not self.dataset_backgrounds:
             backgrounds = [self.resize(image, canvas)]
         elif self.fg_size:
-            taken = [source]                    # neither the sample itself nor the same image twice
-            while len(taken) < 3:
-                index = torch.randint(len(self.paths), (1,), generator=generator).item()
-                background, index = self.read(index, unreadable, generator)
-                if index not in taken:
-                    taken.append(index)
-                    backgrounds.append(self.resize(background, canvas))
+            others = self.read_two(source, unreadable, generator)
+            backgrounds = [self.resize(other, canvas) for other in others]
         return {"query": query, "key": key, "backgrounds": backgrounds, "source": source,
                 "unreadable": unreadable, "group": (step, group)}
+
+    def read_two(self, source, unreadable, generator):
+        """Two images, neither the one at `source` nor twice the same. Unreadable if there are no such two."""
+        found = {}
+        for _ in range(100):
+            drawn = torch.randint(len(self.paths), (1,), generator=generator).item()
+            image, index = self.read(drawn, unreadable, generator)
+            if index != source:
+                found[index] = image
+            if len(found) == 2:
+                return list(found.values())
+        raise Unreadable("no three different images can be read")
 
     def read(self, index, unreadable, generator):
         """The image at `index`, or at another index if that cannot be read, and its index."""
@@ -418,11 +425,11 @@ def choose_backgrounds(sources, generator):
     Each is uniform among the samples of other images. The two are of different images, since a shared
     background could give the positive away. ValueError if a group has no three different images.
     """
-    sources = torch.tensor(sources)
-    for_query = sources[:, None] != sources                                                      # (N, N)
-    if len(sources.unique()) < 3:
+    if len(set(sources)) < 3:
         raise ValueError("a group needs three different images, a sample and two backgrounds: take larger "
                          "groups, or repair damaged images")
+    sources = torch.tensor(sources)
+    for_query = sources[:, None] != sources                                                      # (N, N)
     query = torch.multinomial(for_query.float(), 1, generator=generator)                         # (N, 1)
     for_key = for_query & (sources[query] != sources)
     key = torch.multinomial(for_key.float(), 1, generator=generator)

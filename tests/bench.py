@@ -1,18 +1,18 @@
 """Speed and memory, each figure a ratio within one run: rows of a table, and a JSON line a row in --json.
 
-    python tests/bench.py train [IMAGES]         # the program against the textbook loop, end to end
-    python tests/bench.py loader [IMAGES]        # a loader worker against the textbook pipeline and bare decoding
-    python tests/bench.py step --arch c4         # the step against its bare encoder passes
-    python tests/bench.py compile --arch c4      # the step without and with --compile
-    python tests/bench.py precision [IMAGES]     # the loss of bf16 beside that of fp32
-    python tests/bench.py memory [IMAGES]        # of the GPU; of a loader worker
-    python tests/bench.py ranks [IMAGES]         # two processes of one thread against one, on the CPU
-    python tests/bench.py kernels                # kernels and bytes of the parts of a step, counted without a GPU
-    python tests/bench.py parts --arch c4        # the same parts by the clock, on a GPU by torch.profiler, too
+    python tests/bench.py train [IMAGES]      # the program against the textbook loop, end to end
+    python tests/bench.py loader [IMAGES]     # a loader worker against the textbook's and bare decoding
+    python tests/bench.py step --arch c4      # the step against its bare encoder passes
+    python tests/bench.py compile --arch c4   # the step without and with --compile
+    python tests/bench.py precision [IMAGES]  # the loss of bf16 beside that of fp32
+    python tests/bench.py memory [IMAGES]     # of the GPU; of a loader worker
+    python tests/bench.py ranks [IMAGES]      # two processes of one thread against one, on the CPU
+    python tests/bench.py kernels             # kernels and bytes of a step's parts, counted without a GPU
+    python tests/bench.py parts --arch c4     # the same parts by the clock, on a GPU by torch.profiler, too
 
 On a GPU the paper's recipe, on the CPU a ResNet-18 at 128 px, with --tiny only whether it runs; what follows
 `--` goes to pretrain.py. Without IMAGES pictures are made up. No test asserts a time: machines differ and are
-shared. What is compared runs in one process or in turns, and the median is printed. `make gpu` runs them all.
+shared. What is compared runs in one process or in turns, and the median is printed. See `make gpu`.
 """
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ import pretrain                                                                 
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-SMALL = "--resnet resnet18 --image-size 128 --batch-size 64 --queue-size 4096 --lr .012 --ema .99 --device cpu"
+SMALL = "--resnet resnet18 --image-size 128 --batch-size 64 --queue-size 4096 --lr .012 --ema .99"
 TINY = "--resnet narrow18 --image-size 64 --batch-size 8 --bn-group 4 --queue-size 16 --workers 1"
 median = statistics.median
 
@@ -101,14 +101,15 @@ def settings_of(args, *more):
 # ---- The textbook: the released code's pipeline and MoCo's loop -------------------------------------------
 
 class Textbook(torch.utils.data.Dataset):
-    """A sample by Pillow and torchvision, as the release makes it: three decodes, two augmented composites."""
+    """A sample by Pillow and torchvision, as the release makes it: three decodes, two composites."""
 
     def __init__(self, paths, size=256):
         self.paths = paths
         self.size = size
         self.anchors = insloc.grid_anchors(size)
-        self.augment = T.Compose([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
-                                  T.RandomApply([lambda image: image.filter(PIL.ImageFilter.GaussianBlur(1.0))], 0.5)])
+        blur = T.Lambda(lambda image: image.filter(PIL.ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+        self.augment = T.Compose([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                                  T.RandomGrayscale(0.2), T.RandomApply([blur], 0.5)])
 
     def __len__(self):
         return len(self.paths)
@@ -143,10 +144,10 @@ def textbook_loop(args, settings, paths, count):
     q = make_encoder(args.arch, settings, DEVICE)
     k = copy.deepcopy(q)
     size = settings.batch_size
-    queue = torch.nn.functional.normalize(torch.randn(len(q.levels), 128, settings.queue_size, device=DEVICE), dim=1)
+    queue = insloc.KeyQueue(settings.queue_size, 128, len(q.levels)).to(DEVICE).keys
     optimizer = torch.optim.SGD(q.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    loader = torch.utils.data.DataLoader(Textbook(paths, settings.image_size), size, shuffle=True, drop_last=True,
-                                         num_workers=settings.workers, pin_memory=CUDA)
+    loader = torch.utils.data.DataLoader(Textbook(paths, settings.image_size), size, shuffle=True,
+                                         drop_last=True, num_workers=settings.workers, pin_memory=CUDA)
     source = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def one_step(batch):
@@ -201,8 +202,9 @@ def random_groups(settings):
         return torch.from_numpy(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).permute(2, 0, 1)
 
     def sample(i):
-        return {"query": image(*rng.integers(low, high + 1, 2)), "key": image(*rng.integers(low, high + 1, 2)),
-                "backgrounds": [image(canvas, canvas)], "source": i, "unreadable": [], "group": (0, 0)}
+        query, key = (image(*rng.integers(low, high + 1, 2)) for _ in range(2))
+        return {"query": query, "key": key, "backgrounds": [image(canvas, canvas)], "source": i,
+                "unreadable": [], "group": (0, 0)}
 
     groups = [make_group([sample(i) for i in range(settings.bn_group)])
               for _ in range(settings.batch_size // settings.bn_group)]
@@ -238,8 +240,10 @@ def step_seconds(settings, count):
 
 
 def make_encoder(arch, settings, device):
-    fpn = arch == "fpn"
-    encoder = insloc.FPNEncoder(settings.resnet) if fpn else insloc.C4Encoder(settings.resnet, 128, settings.roi_size)
+    if arch == "fpn":
+        encoder = insloc.FPNEncoder(settings.resnet)
+    else:
+        encoder = insloc.C4Encoder(settings.resnet, roi_size=settings.roi_size)
     return encoder.to(device, memory_format=torch.channels_last)
 
 
@@ -270,7 +274,7 @@ def loader(args):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
 
-    groups = -(-args.count // 8)                # start and end, which a run pays once, fall out of a difference
+    groups = -(-args.count // 8)                # a process's start and end fall out of a difference
     times = in_turns(
         args.rounds, worker=lambda: (process(1 + groups) - process(1)) / (32 * groups) * 1e3,
         decode=timed(lambda i: image_io.decode_jpeg(raw[i], mode=image_io.ImageReadMode.RGB)),
@@ -284,17 +288,17 @@ def train(args):
     settings = pretrain.get_args([args.images, *settings_of(args)])
     paths = images_of(args)
     epochs = -(-(args.count // 10 + 20) // (len(paths) // settings.batch_size))
-    lines = run_program(args, "--epochs", str(epochs), "--log-every", "10")[1:]             # the first warms up
+    lines = run_program(args, "--epochs", str(epochs), "--log-every", "10")[1:]         # the first warms up
     theirs, their_step = textbook_loop(args, settings, paths, max(3, args.count // 40))
     ours = median(line["images_per_s"] for line in lines)
     our_step = settings.batch_size / median(step_seconds(settings, args.rounds))
-    return [{"row": f"train {args.arch}", "images/s": ours, "data_wait": median(line["data_wait"] for line in lines),
-             "textbook images/s": theirs, "ours / textbook": ours / theirs,
-             "step alone, ours / textbook": our_step / their_step}]
+    return [{"row": f"train {args.arch}", "images/s": ours, "textbook images/s": theirs,
+             "ours / textbook": ours / theirs, "step alone, ours / textbook": our_step / their_step,
+             "data_wait": median(line["data_wait"] for line in lines)}]
 
 
 def step(args):
-    """Each step of the program is followed by the encoder passes alone: keys forward, queries with backward."""
+    """Each step is followed by the encoder passes alone: keys forward, queries forward and backward."""
     settings = pretrain.get_args(["none", *settings_of(args)])
     q, k = (make_encoder(args.arch, settings, DEVICE) for _ in range(2))
     view = random_groups(settings)[0]["query"]
@@ -321,15 +325,17 @@ def step(args):
         resumed.append(now())
 
     run_steps(settings, args.rounds + 3, at_step)
-    return [{"row": f"step {args.arch}", "ms_step": median(steps[2:]) * 1e3, "ms_bare": median(bares[2:]) * 1e3,
+    return [{"row": f"step {args.arch}", "ms": median(steps[2:]) * 1e3, "ms, bare": median(bares[2:]) * 1e3,
              "step / bare": ratio(steps[2:], bares[2:])}]
 
 
 def compile(args):
-    plain, compiled = (median(step_seconds(pretrain.get_args(["none", *settings_of(args, *more)]), args.rounds))
-                       for more in ((), ("--compile",)))
-    return [{"row": f"compile {args.arch}", "ms_step": plain * 1e3, "ms_step, compiled": compiled * 1e3,
-             "without / with": plain / compiled}]
+    milliseconds = []
+    for more in ([], ["--compile"]):
+        settings = pretrain.get_args(["none", *settings_of(args, *more)])
+        milliseconds.append(median(step_seconds(settings, args.rounds)) * 1e3)
+    return [{"row": f"compile {args.arch}", "ms": milliseconds[0], "ms, compiled": milliseconds[1],
+             "without / with": milliseconds[0] / milliseconds[1]}]
 
 
 def precision(args):
@@ -371,9 +377,8 @@ def memory(args):
 
 def ranks(args):
     def speed(count):
-        lines = run_program(args, "--epochs", "1", "--nprocs", str(count), "--workers", "1", "--log-every", "2",
-                            "--device", "cpu", "--precision", "fp32", OMP_NUM_THREADS="1")
-        return lines[-1]["images_per_s"]
+        more = f"--epochs 1 --nprocs {count} --workers 1 --log-every 2 --device cpu --precision fp32"
+        return run_program(args, *more.split(), OMP_NUM_THREADS="1")[-1]["images_per_s"]
 
     speeds = in_turns(args.rounds, one=lambda: speed(1), two=lambda: speed(2))
     return [{"row": "ranks", **{f"images/s, {name}": median(values) for name, values in speeds.items()},
@@ -385,7 +390,7 @@ def measure_parts(arch, settings, device, measure):
     encoder_q, encoder_k = (make_encoder(arch, settings, device) for _ in range(2))
     queue = insloc.KeyQueue(settings.queue_size, 128, len(encoder_q.levels)).to(device)
     optimizer = torch.optim.SGD(encoder_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4,
-                                foreach=device.type == "cuda")              # its default, but not for fake tensors
+                                foreach=device.type == "cuda")          # as by default, for fake tensors, too
     view = random_groups(settings)[0]["query"]
     view["images"] = view["images"].to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
@@ -407,7 +412,7 @@ def measure_parts(arch, settings, device, measure):
 
 
 def kernels(args):
-    """Counted on a GPU that is not there; backward cannot run there. An upper bound: an indexed tensor counts whole."""
+    """As torch calls them: an indexed tensor counts whole, a _foreach_ as one. Backward cannot run."""
     if why := fake_cuda.missing():
         sys.exit(f"bench.py: error: {why}")
     rows = []
@@ -463,7 +468,8 @@ def parts(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     rows = (train, loader, step, compile, precision, memory, ranks, kernels, parts)
     add("row", choices=[function.__name__ for function in rows])
@@ -471,7 +477,7 @@ def main():
     add("--arch", choices=["c4", "fpn"], default="c4")
     add("--json", help="append the rows to this file")
     add("--rounds", type=int, default=5)
-    add("--count", type=int, default=320, help="images a round (loader), 4 x groups (memory), 10 x steps (train)")
+    add("--count", type=int, default=320, help="images (loader), 4 x groups (memory), 10 x steps (train)")
     add("--tiny", action="store_true", help="only see whether it runs")
     ours = sys.argv[1:]
     theirs = ours[ours.index("--") + 1:] if "--" in ours else []
@@ -484,10 +490,12 @@ def main():
         found = globals()[args.row](args)
     for row in found:
         for name, value in list(row.items())[1:]:
-            print(f"| {row['row']} | {name} | {f'{value:.4g}' if isinstance(value, float) else value} |", flush=True)
+            value = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"| {row['row']} | {name} | {value} |", flush=True)
         if args.json:
             with open(args.json, "a") as f:
-                f.write(json.dumps({"machine": machine(), "command": "bench.py " + " ".join(sys.argv[1:]), **row}) + "\n")
+                command = "bench.py " + " ".join(sys.argv[1:])
+                f.write(json.dumps({"machine": machine(), "command": command, **row}) + "\n")
 
 
 if __name__ == "__main__":

@@ -117,14 +117,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def ks(sample, other=np.linspace(0, 1, 100_001)):
-    """Kolmogorov-Smirnov distance from U(0, 1) or another sample, times sqrt(n); above 2: p < .001."""
-    x, y = np.sort(sample), np.sort(other)
-    at = np.concatenate([x, y])
-    gap = np.abs(np.searchsorted(x, at, "right") / len(x) - np.searchsorted(y, at, "right") / len(y)).max()
-    return gap * math.sqrt(len(x) * len(y) / (len(x) + len(y)))
-
-
 def uneven(counts, cells):
     """Chi-square of counts over `cells` equally likely cells, in its standard deviations; above 5: no."""
     counts = np.array(list(counts) + [0] * (cells - len(counts)))

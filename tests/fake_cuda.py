@@ -138,8 +138,8 @@ class FakeGPU(FakeTensorMode):
             if any(x.dtype in (torch.bool, torch.uint8) for x in index):
                 raise Waits(f"a mask as index: {' | '.join(project_line())}")
         elif any(x.dim() for x in real) or real and func in (aten.stack.default, aten.cat.default):
-            raise Mixes(f"{func}: CPU {[tuple(x.shape) for x in real]}, GPU {[tuple(x.shape) for x in fake]}: "
-                        f"{' | '.join(project_line())}")
+            shapes = [tuple(x.shape) for x in real]
+            raise Mixes(f"{func} of GPU tensors and CPU {shapes}: {' | '.join(project_line())}")
         args, kwargs = tree_map(lambda x: self.from_tensor(x) if is_real(x) else x, (args, kwargs))
         self.depth += 1
         try:

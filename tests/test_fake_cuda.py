@@ -1,4 +1,4 @@
-"""A whole run of pretrain.main on a GPU that is not there: no line of a step waits for it, none mixes devices.
+"""A run of pretrain.main on a GPU that is not there: no line of a step waits for it, none mixes devices.
 
 What waits is what must: the log line, and the copy of a checkpoint. See fake_cuda.py; the GPU's twin is
 test_gpu.py.
@@ -31,7 +31,7 @@ def sixteen(tmp_path_factory):
 
 
 def run(line, photos, out, world=1, **replaced):
-    """pretrain.py on fake GPUs, as rank 0 of `world`, with some of its names replaced. Returns the FakeGPU."""
+    """pretrain.py on fake GPUs, as rank 0 of `world`, some of its names replaced. Returns the FakeGPU."""
     gpu = FakeGPU(may_wait=(*LOG, *SAVE), unpinned=2 ** 13)                 # the images of a view have 49 KB
     update = replaced.get("momentum_update", pretrain.momentum_update)
     gpu.steps = 0
@@ -42,8 +42,8 @@ def run(line, photos, out, world=1, **replaced):
         return update(*args)
 
     replaced = {**replaced, "momentum_update": momentum_update, "DistributedDataParallel": FakeDDP}
-    command = (f"--resnet narrow18 --image-size 64 --batch-size 8 --bn-group 4 --epochs 1 --queue-size 8 --device "
-               f"cuda --nprocs {world} --workers 0 --log-every 2 --out {out} {line} {photos}")
+    command = (f"--resnet narrow18 --image-size 64 --batch-size 8 --bn-group 4 --epochs 1 --queue-size 8 "
+               f"--device cuda --nprocs {world} --workers 0 --log-every 2 --out {out} {line} {photos}")
     with gpu_here(gpu), contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(pretrain, name, value))
@@ -85,7 +85,7 @@ def test_what_a_gpu_run_leaves_behind_lies_on_the_cpu_and_goes_on(sixteen, tmp_p
     assert gpu.steps == 4
     assert in_order(gpu.waited, 2 * [*LOG, *SAVE])
     for name in ("checkpoint.pth", "checkpoint_prev.pth", "backbone.pth"):
-        torch.load(out / name, weights_only=True)   # of a tensor with a tag cuda:0 this fails, without a driver
+        torch.load(out / name, weights_only=True)   # fails for a tensor with a tag cuda:0
     os.remove(out / "checkpoint.pth")
     gpu = run(f"{line} --resume", sixteen, out)
     assert gpu.steps == 2
@@ -212,4 +212,5 @@ class PointerAsNumber(insloc.KeyQueue):
 @pytest.mark.parametrize("name, function, error, world", FAULTS)
 def test_a_planted_fault_is_caught_at_its_line(name, function, error, world, sixteen, tmp_path):
     with pytest.raises(error, match="# fault$"):
-        run("--arch c4", sixteen, tmp_path / "run", world, save_composites=lambda *_: None, **{name: function})
+        run("--arch c4", sixteen, tmp_path / "run", world, save_composites=lambda *_: None,
+            **{name: function})

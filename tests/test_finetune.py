@@ -301,7 +301,8 @@ def test_fpn_features_are_detectron2s(fpn):
     assert (x[:, None] - features).abs().amax(dim=2).amin(dim=1).max() < 1e-4 * x.abs().max()
 
 
-@pytest.mark.parametrize("protocol, arch, left", [("coco-fpn-1x", "fpn", 38), ("coco-c4-1x", "c4", 14)])
+@pytest.mark.parametrize("protocol, arch, left", [("coco-fpn-1x", "fpn", 38),
+    pytest.param("coco-c4-1x", "c4", 14, marks=pytest.mark.slow)])
 def test_export_loads_by_detectron2s_own_checkpointer(protocol, arch, left, fpn, tmp_path, capsys):
     """The model is built from detectron2's own YAML and nothing but the keys that are printed."""
     saved(fpn[0], tmp_path, "fpn")
@@ -340,21 +341,29 @@ def caffe2_blobs(own):
     return {name: x.numpy() for name, x in blobs.items()}
 
 
-def test_msras_pickle_is_refused_without_input_and_equals_detectron2s_reading(c4, tmp_path):
-    path = str(tmp_path / "R-50.pkl")
+@pytest.fixture(scope="module")
+def msra(c4, tmp_path_factory):
+    """Arguments for a file as MSRA's R-50.pkl."""
+    path = str(tmp_path_factory.mktemp("msra") / "R-50.pkl")
     with open(path, "wb") as f:
         pickle.dump(caffe2_blobs(c4[1].backbone), f, protocol=2)
-    command = [path, "--protocol", "voc-c4", "--data", "x", "--trust"]
+    return [path, "--protocol", "voc-c4", "--data", "x", "--trust"]
+
+
+def test_msras_pickle_is_refused_without_input_caffe(msra):
     with pytest.raises(ValueError, match="--input caffe"):
-        ft.get_weights(ft.get_args(command))
-    weights = ft.get_weights(ft.get_args([*command, "--input", "caffe"]))
+        ft.get_weights(ft.get_args(msra))
+
+
+def test_msras_pickle_equals_detectron2s_own_reading(msra, c4):
+    weights = ft.get_weights(ft.get_args([*msra, "--input", "caffe"]))
     cfg, _ = ft.build_config("voc-c4", weights, device="cpu")
     model, theirs = build_model(cfg), build_model(cfg)
     ft.load_weights(model, weights, "c4")
-    DetectionCheckpointer(theirs).load(path)
+    DetectionCheckpointer(theirs).load(msra[0])
     theirs = theirs.state_dict()
-    convolutions = [name for name in to_detectron2(c4[1], "c4") if name.endswith((".weight", ".bias"))]
-    assert all(torch.equal(model.state_dict()[name], theirs[name]) for name in convolutions)
+    learnt = [name for name in to_detectron2(c4[1], "c4") if name.endswith((".weight", ".bias"))]
+    assert all(torch.equal(model.state_dict()[name], theirs[name]) for name in learnt)
 
 
 @pytest.mark.parametrize("gone, named", [("res4_3_branch2b_w", "layer3.3.conv2.weight"),
@@ -513,7 +522,7 @@ def from_zero(content):
 def test_a_box_with_id_0_counts_as_matched(world, tmp_path, monkeypatch):
     args = own_set(world, tmp_path, from_zero)
     assert rehearsed(args)[2] == []
-    monkeypatch.setattr(ft, "mended", lambda content, tenth: content)       # the fault is real
+    monkeypatch.setattr(ft, "mend_coco", lambda path, copy, tenth: path)    # the fault is real
     empty_catalogs()
     assert "itself reaches" in refused(args)
 
@@ -1168,6 +1177,7 @@ def test_a_wrong_set_is_one_line_on_two_processes(world, tmp_path):
     assert "itself reaches" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_is_one_line(tmp_path):
     process = start("absent.pth", *FPN[1:3], "--export", tmp_path / "a.pth")
     text = process.communicate()[0]

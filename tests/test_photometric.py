@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ks, paper_boxes, seeded, uneven
+from conftest import paper_boxes, seeded, uneven
 from torchvision.transforms.v2 import functional as V
 
 from insloc import affine_maps, photometric, photometric_params, shift_hue
@@ -85,6 +85,13 @@ def inside_mask(boxes, height, width):
 
 def close(a, b, tolerance):
     return a.dtype == b.dtype and a.shape == b.shape and (a - b).abs().max().item() <= tolerance
+
+
+def ks(sample):
+    """Kolmogorov-Smirnov distance from U(0, 1), times sqrt(n); above 2: p < .001."""
+    rank = np.arange(len(sample) + 1) / len(sample)
+    x = np.sort(sample)
+    return max((x - rank[:-1]).max(), (rank[1:] - x).max()) * math.sqrt(len(x))
 
 
 def test_params_have_moco_v2s_probabilities_and_ranges():
