@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # training and COCO/VOC evaluation use is compiled. The wheel is tagged cp310, hence --python-version; the hash pins its bytes.
 DETECTRON2 := sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 
-.PHONY: install demo demo-detect test test-slow test-all lint clean
+.PHONY: install demo demo-detect test test-slow test-all gpu lint clean
 
 install: $(VENV)/installed
 
@@ -51,6 +51,31 @@ test-slow: install
 
 test-all: install
 	$(BIN)/python -m pytest -q -o tmp_path_retention_policy=none
+
+# On a machine with one NVIDIA GPU, without network: what only a GPU can tell, in about 20 minutes.
+# IMAGES=/data/imagenet/train if such a folder is at hand.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_ROWS ?= 'step --arch c4' 'step --arch fpn' memory 'parts --arch c4' 'parts --arch fpn' kernels \
+	'train --arch c4' 'precision --arch c4' 'compile --arch c4'
+GPU_JSON ?= gpu.jsonl
+
+gpu:
+	-timeout 180 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py
+	@echo '| row | figure | measured |'; echo '|---|---|---|'
+	@for row in $(GPU_ROWS); do \
+		hide=; test "$$row" = kernels && hide=CUDA_VISIBLE_DEVICES=; \
+		env $$hide timeout 180 $(GPU_PYTHON) tests/bench.py $$row $(GPU_FLAGS) --json $(GPU_JSON) $(IMAGES) \
+			2> gpu.err || { echo "| $$row | FAILED | |"; tail -n 3 gpu.err; }; \
+	done; rm -f gpu.err
+	@if $(GPU_PYTHON) -c 'import detectron2' 2> /dev/null; then \
+		test -d toy || $(GPU_PYTHON) tests/toy.py toy; \
+		for protocol in coco-c4-1x coco-fpn-1x; do \
+			timeout 180 $(GPU_PYTHON) finetune_det.py random --protocol $$protocol --data toy --nprocs 1 \
+				--resume --out runs/gpu_$$protocol SOLVER.MAX_ITER 20 SOLVER.IMS_PER_BATCH 4 \
+				SOLVER.AMP.ENABLED True TEST.PRECISE_BN.NUM_ITER 5 \
+				|| echo "| finetune $$protocol | FAILED | |"; \
+		done; \
+	fi
 
 lint: install
 	@$(BIN)/ruff --version > /dev/null 2>&1 || $(BIN)/pip install --disable-pip-version-check -q ruff==0.14.0

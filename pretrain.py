@@ -262,7 +262,7 @@ def save_curves(args, chance):
         axes.axhline(level, color=curve.get_color(), linestyle=":", label=f"chance {level:.4g}")
         axes.set_xlabel("step")
         axes.legend()
-    right.set_ylim(0, 1)
+    right.set_ylim(bottom=0)
     figure.savefig(os.path.join(args.out, "loss.png"), dpi=120)
 
 
@@ -306,25 +306,12 @@ def log(args, events, record, last_step, seconds_left):
     events.flush()
 
 
-def checked(value):
-    """A nested state with its tensors on the CPU. FloatingPointError if one is not finite."""
-    if isinstance(value, dict):
-        return {name: checked(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [checked(part) for part in value]
-    if isinstance(value, torch.Tensor):
-        value = value.cpu()
-        if not value.isfinite().all():
-            raise FloatingPointError("weights or keys are not finite: lower --lr, or try --precision fp32")
-    return value
-
-
 def save(args, state, parts, chance):
     """checkpoint.pth, backbone.pth and loss.png. Returns what went wrong, "" if all is saved."""
     try:
-        state.update({name: checked(part.state_dict()) for name, part in parts.items()})
-        stage.save_checkpoint(args.out, state)
-        backbone = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        stage.save_checkpoint(args.out, {**state, **states})
+        backbone = {name.removeprefix("resnet."): tensor.cpu() for name, tensor in states["encoder_q"].items()
                     if name.startswith("resnet.")}
         path = os.path.join(args.out, "backbone.pth")
         stage.write_atomically(path, lambda f: torch.save(backbone, f))

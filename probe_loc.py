@@ -186,8 +186,8 @@ def main(rank, device, args, train, val, data_digest):
             boxes = boxes.flatten(0, 1).to(device, non_blocking=True)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 features = net.features(x.contiguous(memory_format=torch.channels_last), boxes)
-            parts.append(features.flatten(1).float().unflatten(0, (len(images), -1)).cpu())
-        return torch.cat(stage.gather_objects(torch.cat(parts))).to(device)
+            parts.append(features.flatten(1).float().unflatten(0, (len(images), -1)))
+        return torch.cat(stage.gather_objects(torch.cat(parts).cpu())).to(device)
 
     for protocol in args.protocol:
         for name, net in nets.items():

@@ -180,7 +180,7 @@ def run(rank, rendezvous, main, args, prepared):
                 fail(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
         main(rank, device, args, *prepared)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         fail(f"{last_line(error)}; {GO_ON}")        # a loader worker's comes with its traceback
     except (MemoryError, RuntimeError) as error:    # torch has no classes of its own for two of these
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
@@ -245,9 +245,23 @@ def write_atomically(path, write, previous=None):
     os.replace(path + ".tmp", path)
 
 
+def checked(value):
+    """A nested state with its tensors on the CPU. FloatingPointError if one is not finite."""
+    if isinstance(value, dict):
+        return {name: checked(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [checked(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        value = value.cpu()
+        if not value.isfinite().all():
+            raise FloatingPointError("weights or keys are not finite: lower --lr, or try --precision fp32")
+    return value
+
+
 def save_checkpoint(out, state):
-    """checkpoint.pth; the one before becomes checkpoint_prev.pth. A full disk: OSError or RuntimeError."""
+    """checkpoint.pth, checked; the one before becomes checkpoint_prev.pth. A full disk: RuntimeError, too."""
     path = os.path.join(out, "checkpoint.pth")
+    state = checked(state)
     write_atomically(path, lambda f: torch.save(state, f), os.path.join(out, "checkpoint_prev.pth"))
 
 

@@ -405,6 +405,7 @@ def measure_parts(arch, settings, device, measure):
     q = measure("query forward", lambda: forward(encoder_q))
     loss, _ = measure("loss", lambda: insloc.info_nce(q, k, queue.keys))
     measure("backward", lambda: loss.sum().backward())
+    optimizer.step()                                    # the first one makes the momentum's buffers
     measure("optimizer", optimizer.step)
     measure("momentum update", lambda: insloc.momentum_update(encoder_k, encoder_q))
     measure("enqueue", lambda: queue.enqueue(k.repeat(settings.batch_size // len(k), 1, 1)))

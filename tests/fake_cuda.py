@@ -62,8 +62,8 @@ def is_real(x):
 class FakeGPU(FakeTensorMode):
     """FakeTensorMode for CUDA tensors alone; work without one is done as ever, with numbers.
 
-    may_wait: texts; a project line that holds one of them may wait, and gets zeros from the GPU.
-    strict: from when on a wait raises; what happens before, setting up a run, may wait.
+    may_wait: texts; a project line that holds one of them may wait all the same.
+    strict: while it is set a wait raises. Else it gives zeros, and yes to a question.
     unpinned: bytes that may be copied out of memory that is not pinned. CUDA stages up to 64 KB without a
     wait; a test with small images wants less.
     """
@@ -128,7 +128,7 @@ class FakeGPU(FakeTensorMode):
                 self.check_copy(args[1], kwargs.get("non_blocking", (*args, False)[2]))
         elif func is aten._local_scalar_dense.default:
             self.wait("a number of the GPU is asked for")
-            return torch.zeros((), dtype=args[0].dtype).item()
+            return True if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
         elif func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             index = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)]
             if any(is_real(x) for x in index) or is_real(args[0]):

@@ -14,6 +14,8 @@ import torch
 import fake_cuda
 import insloc
 import pretrain
+import probe_cls
+import probe_loc
 from conftest import write_images
 from fake_cuda import FakeDDP, FakeGPU, Mixes, Waits, gpu_here
 
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
 # The lines that wait on purpose: two of a log line, and one that copies what a checkpoint holds.
 LOG = ("*losses, acc_queue, acc_batch = ", '"queue_filled": queue.filled.item()')
 SAVE = ("value = value.cpu()",)
+# A probe's encoding loop takes each batch's features to the CPU, and probe_cls.py those of all ranks back.
+PROBES = (".cpu()", "yield batch.to(device), torch.cat(features).to(device)")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,46 @@ def test_what_a_gpu_run_leaves_behind_lies_on_the_cpu_and_goes_on(sixteen, tmp_p
     with open(out / "log.jsonl") as f:
         logged = [json.loads(text) for text in f]
     assert [entry["step"] for entry in logged if "loss" in entry] == [2, 4]
+
+
+def run_probe(probe, line, folder, **replaced):
+    """A probe on a fake GPU, of random weights. Strict in its loops over a DataLoader alone."""
+    for split in ("train", "val"):
+        for name in ("one", "two"):
+            write_images(folder / "data" / split / name, 6)
+    gpu = FakeGPU(may_wait=PROBES, unpinned=2 ** 13)
+
+    class Watched(torch.utils.data.DataLoader):
+        def __iter__(self):
+            gpu.strict = True
+            try:
+                yield from super().__iter__()
+            finally:
+                gpu.strict = False
+
+    os.makedirs(folder / "run")
+    command = (f"random {folder}/data --resnet narrow18 --image-size 96 --device cuda --nprocs 1 --workers 0 "
+               f"--out {folder}/run {line}")
+    with gpu_here(gpu), mock.patch.object(torch.utils.data, "DataLoader", Watched), \
+            mock.patch.multiple(probe.stage, commit=lambda: "none", **replaced):
+        args = probe.get_args(command.split())
+        prepared = probe.find_data(args)
+        with gpu:
+            probe.stage.run(0, "env://", probe.main, args, prepared)
+    return gpu
+
+
+@pytest.mark.parametrize("probe, line", [
+    (probe_cls, "--epochs 1 --batch-size 4 --precision bf16"), (probe_cls, "--knn 2 --batch-size 4"),
+    (probe_loc, "--arch c4 --epochs 1"), (probe_loc, "--arch fpn --epochs 1 --precision bf16")])
+def test_the_probes_encode_without_waits_but_for_taking_the_features(probe, line, tmp_path):
+    gpu = run_probe(probe, line, tmp_path, save_checkpoint=lambda *_: None)
+    assert {function for _, function, _ in gpu.waited} == ({"encode"} if probe is probe_cls else set())
+
+
+def test_what_a_probe_saves_lies_on_the_cpu(tmp_path):
+    run_probe(probe_cls, "--epochs 1 --batch-size 4", tmp_path)
+    torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_what_is_saved_lies_on_the_cpu():
             return torch.zeros(1)
 
     x = torch.zeros(2).as_subclass(Elsewhere)
-    there = pretrain.checked({"a": x, "b": [{"c": x}], "d": 4})
+    there = pretrain.stage.checked({"a": x, "b": [{"c": x}], "d": 4})
     assert len(moved) == 2 and there["d"] == 4
     assert type(there["a"]) is type(there["b"][0]["c"]) is torch.Tensor
 

@@ -286,8 +286,8 @@ def test_shared_memory_that_is_too_small_is_named_and_no_workers_need_none(photo
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     launcher = ["unshare", "-m", "sh", "-c", f'{mount}; exec "$@"', "sh", sys.executable, pretrain.__file__]
-    _, err = finish(start(*SMALL, "--bn-group", 6, "--workers", workers, "--epochs", 1, "--out", tmp_path, photos,
-                          launcher=launcher), status)
+    _, err = finish(start(*SMALL, "--bn-group", 6, "--workers", workers, "--epochs", 1, "--out", tmp_path,
+                          photos, launcher=launcher), status)
     if status:
         assert "/dev/shm" in one_line(err) and "--workers or 0" in err and "--shm-size" in err
 

@@ -31,7 +31,7 @@ def digests(folder):
 def test_the_same_seed_writes_the_same_bytes_and_counts_change_no_picture(world, tmp_path):
     toy.write_world(str(tmp_path / "fewer"), **{**COUNTS, "train": 20})
     fewer, whole = digests(tmp_path / "fewer"), digests(world)
-    assert fewer.items() < whole.items() and len(whole) - len(fewer) == 20
+    assert fewer.items() < whole.items() and len(whole) - len(fewer) == 20 + 40
     toy.write_world(str(tmp_path / "other"), seed=1, train=20, val=0, det_train=0, det_val=0)
     assert not set(digests(tmp_path / "other").values()) & set(whole.values())
 
@@ -40,6 +40,16 @@ def test_class_folders_are_what_imagefolder_reads(world):
     train, val = (ImageFolder(world / "images" / split) for split in ("train", "val"))
     assert train.classes == list(toy.CLASSES) and (len(train), len(val)) == (40, 15)
     assert len({train[i][0].size for i in range(40)}) > 20                      # sizes vary
+
+
+def test_a_swatch_has_the_hue_of_its_folder(world):
+    data = ImageFolder(world / "swatches" / "train")
+    assert data.classes == sorted(toy.HUES) and len(data) == 80
+    for image, label in data:
+        hue, saturation, _ = np.asarray(image.convert("HSV")).reshape(-1, 3).T.astype(float) / 255
+        dyed = hue[saturation > 0.7]
+        away = (dyed - toy.HUES[data.classes[label]] + 0.5) % 1 - 0.5
+        assert len(dyed) < 100 or abs(np.median(away)) < 0.06
 
 
 def test_coco_polygons_areas_and_boxes_agree_with_each_other(world):

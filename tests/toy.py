@@ -3,14 +3,17 @@
     python tests/toy.py OUT [--seed 0] [--train 512] [--val 128] [--det-train 160] [--det-val 60]
 
 OUT/images/{train,val}/CLASS/*.jpg   one large shape a picture, its class the folder   pretrain.py, probe_*.py
+OUT/swatches/{train,val}/HUE/*.jpg   a pattern alone, twice as many, the folder a hue  `make demo`
 OUT/coco/...                         several shapes with polygons, COCO json           finetune_det.py
 OUT/VOC2007, OUT/VOC2012             the same pictures, VOC xml                        finetune_det.py
 
 Shapes and grounds have random textures, colours, sizes, turns and light, so that no colour tells a class
-and no two pictures are alike. Each has a generator of its own: how many are written changes nothing in the
-others.
+and no two pictures are alike. A swatch is all pattern: two crops of it look alike, those of another do not,
+and a small network learns that in minutes, hue first. Each picture has a generator of its own: how many are
+written changes nothing in the others.
 """
 import argparse
+import colorsys
 import json
 import os
 import shutil
@@ -19,6 +22,7 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw
 
+HUES = {"red": 0.0, "yellow": 0.15, "green": 0.35, "blue": 0.6, "magenta": 0.82}      # of swatches
 CLASSES = ("circle", "cross", "square", "star", "triangle")
 COCO_IDS = (1, 3, 7, 8, 20)                                 # with gaps, as COCO's
 VOC_XML = """<annotation><folder>{folder}</folder><filename>{name}.jpg</filename>
@@ -31,8 +35,8 @@ VOC_OBJECT = """<object>
 """
 
 
-def texture(rng, h, w):
-    """(h, w, 3) float in [0, 1]: two colours mixed by a random pattern, under uneven light."""
+def texture(rng, h, w, colours=None):
+    """(h, w, 3) float in [0, 1]: two colours (None: random) mixed by a random pattern, under uneven light."""
     y, x = np.mgrid[0:h, 0:w].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 40)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
@@ -52,7 +56,7 @@ def texture(rng, h, w):
         mix = np.asarray(coarse.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     else:                                                   # a ramp
         mix = (u - u.min()) / (u.max() - u.min() + 1e-6)
-    one, other = rng.uniform(0, 1, (2, 3)).astype(np.float32)
+    one, other = np.float32(rng.uniform(0, 1, (2, 3)) if colours is None else colours)
     light = 1 + rng.uniform(-0.4, 0.4) * (x / w - 0.5) + rng.uniform(-0.4, 0.4) * (y / h - 0.5)
     grain = rng.normal(0, 0.02, (h, w, 1)).astype(np.float32)
     return np.clip((one + mix[..., None] * (other - one)) * light[..., None] + grain, 0, 1)
@@ -111,6 +115,16 @@ def draw(key, sizes, radii, count):
     return (canvas * 255).round().astype(np.uint8), objects
 
 
+def swatch(key):
+    """A picture that one pattern fills, of one dye on gray: uint8 (h, w, 3), and the name of its hue."""
+    rng = np.random.default_rng(key)
+    h, w = rng.integers(80, 129, 2)
+    name = list(HUES)[rng.integers(len(HUES))]
+    dye = colorsys.hsv_to_rgb((HUES[name] + rng.uniform(-0.03, 0.03)) % 1, 1, rng.uniform(0.6, 1))
+    ground = np.full(3, rng.uniform(0, 1))
+    return (texture(rng, h, w, rng.permutation([dye, ground])) * 255).round().astype(np.uint8), name
+
+
 def save(path, image):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Image.fromarray(image).save(path, quality=92)
@@ -161,6 +175,9 @@ def write_world(out, seed=0, train=512, val=128, det_train=160, det_val=60):
         for i in range(count):
             image, [(label, _)] = draw((seed, number, i), (140, 280), (0.28, 0.46), (1, 1))
             save(f"{out}/images/{split}/{CLASSES[label]}/{i:05d}.jpg", image)
+        for i in range(2 * count):
+            image, hue = swatch((seed, number, i))
+            save(f"{out}/swatches/{split}/{hue}/{i:05d}.jpg", image)
     for number, (split, count) in enumerate((("train", det_train), ("val", det_val)), start=2):
         pictures = [draw((seed, number, i), (180, 320), (0.08, 0.25), (0 if i % 20 == 9 else 1, 6))
                     for i in range(count)]
@@ -191,8 +208,8 @@ def main(argv=None):
         os.rename(partial, args.out)
     except OSError as error:
         sys.exit(f"toy.py: error: {error}")
-    print(f"wrote {args.out}: images ({args.train} + {args.val}), coco, VOC2007 and VOC2012 "
-          f"({args.det_train} + {args.det_val})")
+    print(f"wrote {args.out}: images ({args.train} + {args.val}), swatches (twice as many), "
+          f"coco, VOC2007 and VOC2012 ({args.det_train} + {args.det_val})")
 
 
 if __name__ == "__main__":
