@@ -160,7 +160,9 @@ def photometric(images, params, boxes=None):
     whole = torch.tensor([[0.0, 0.0, width, height]]).expand(n, 4)
     hue_turn = (params["order"] == 3).float().argmax(dim=1)
     hue_turn = torch.where(params["jitter"], hue_turn, 4)
-    by_hue = hue_turn.argsort()         # work in this order: those whose turn for hue is the same are a slice
+    # Work on the images in the order of their turn for hue, 4 for none: those that have an operation before
+    # hue, or after it, are then a slice. Turn t's images start at starts[t].
+    by_hue = hue_turn.argsort()
     starts = [(hue_turn < turn).sum().item() for turn in range(5)]
     blurred = (params["sigma"][by_hue] > 0).float().argsort(descending=True)
     n_blurred = (params["sigma"] > 0).sum().item()
@@ -186,7 +188,7 @@ def photometric(images, params, boxes=None):
 
     x = images.flatten(2)[by_hue]                                                                # (N, 3, HW)
 
-    def change(turn, first, last):          # those of a slice have their operation of this turn, but for hue
+    def change(turn, first, last):                      # in place: the affine operation of a slice's images
         if first < last:
             part = x[first:last]
             offset = mean_matrices[first:last, turn] @ (part @ mean_weights[first:last])         # (n, 3, 1)

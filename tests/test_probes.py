@@ -168,6 +168,27 @@ def test_place_is_read_where_it_stands(world, tmp_path, monkeypatch):
     assert alone["top1"] == pytest.approx(100 / 9)              # every cell is the whole picture there
 
 
+def test_a_held_out_tenth_of_the_training_images_chooses_the_rate(world, tmp_path, monkeypatch):
+    """A stand-in says how often each layer is right: the fifth on the tenth, the first on validation."""
+    trained, asked = [], []
+    train_heads = probe_loc.train_heads
+
+    def watch(features, *arguments):
+        trained.append(features)
+        return train_heads(features, *arguments)
+
+    def confusion(features, head):
+        asked.append(features)
+        return torch.eye(9) * (100 if len(asked) == 5 else 50 if len(asked) == 8 else 10)
+
+    monkeypatch.setattr(probe_loc, "C4Encoder", KnowsPlace)
+    monkeypatch.setattr(probe_loc, "train_heads", watch)
+    monkeypatch.setattr(probe_loc, "confusion", confusion)
+    result = probe(probe_loc, "random", world, "--image-size", 64, "--protocol", "full", "--out", tmp_path)
+    assert [len(features) for features in trained + asked] == [81, *[9] * 7, 36]
+    assert result["lines"][0]["lr"] == probe_loc.RATES[4] and result["lines"][0]["top1"] == 50
+
+
 def test_place_stays_at_chance_where_it_cannot_be_known(world, tmp_path, monkeypatch):
     monkeypatch.setattr(probe_loc, "C4Encoder", KnowsImage)
     argv = ["--image-size", 64, "--protocol", "full", "reflect", "--out", tmp_path]

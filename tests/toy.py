@@ -116,12 +116,12 @@ def draw(key, sizes, radii, count):
 
 
 def swatch(key):
-    """A picture that one pattern fills, of one dye on gray: uint8 (h, w, 3), and the name of its hue."""
+    """A picture that one pattern fills, of a dye on a paler ground: uint8 (h, w, 3), the name of its hue."""
     rng = np.random.default_rng(key)
     h, w = rng.integers(80, 129, 2)
     name = list(HUES)[rng.integers(len(HUES))]
     dye = colorsys.hsv_to_rgb((HUES[name] + rng.uniform(-0.03, 0.03)) % 1, 1, rng.uniform(0.6, 1))
-    ground = np.full(3, rng.uniform(0, 1))
+    ground = colorsys.hsv_to_rgb(rng.uniform(0, 1), rng.uniform(0, 0.6), rng.uniform(0, 1))
     return (texture(rng, h, w, rng.permutation([dye, ground])) * 255).round().astype(np.uint8), name
 
 
