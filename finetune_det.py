@@ -12,35 +12,31 @@ trained, the truth of the validation set goes through the evaluator as if it wer
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import functools
-import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import re
 import sys
-import time
 import traceback
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.io import write_png
-from torchvision.transforms.functional import resize
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+from torchvision.transforms.functional import pad, resize
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import stage
 from weights import INPUTS, Weights, read_weights, to_detectron2
 
-for message in (".*torch.jit.script", "torch.meshgrid", ".*broadcast_buffers"):         # detectron2's own
-    warnings.filterwarnings("ignore", message)
+warnings.filterwarnings("ignore", ".*torch.jit.script|torch.meshgrid|.*broadcast_buffers")        # theirs
 for name in ("torch.fx", "torch.utils.cpp_extension"):
     logging.getLogger(name).setLevel(logging.ERROR)
 try:
@@ -79,9 +75,10 @@ NEW_PARTS = ("proposal_generator.rpn_head.", "roi_heads.box_predictor.", "roi_he
 FREE = {"MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"}
 # Keys for which this program has arguments of its own.
 RESERVED = {"SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"}
-# detectron2's readers of labels, and the variable that says which one they are at.
-READERS = {"load_voc_instances": "anno_file", "parse_rec": "filename", "load_coco_json": "img_dict"}
-SETTINGS = "settings.json"                          # in --out: what a resumed run must agree with
+BEGUN = "trial0/last_checkpoint"                     # in an --out that holds a run
+# Functions that read what somebody else wrote, and the variable that says what they are at.
+READERS = {"load_data": "source", "mended": "entry", "check_picture": "file", "read_weights": "path",
+           "load_voc_instances": "anno_file", "parse_rec": "filename", "load_coco_json": "img_dict"}
 
 
 def get_args(argv=None):
@@ -94,7 +91,8 @@ def get_args(argv=None):
     add("--train-json", metavar="FILE", help="its boxes (and masks) as COCO json,")
     add("--val-images", metavar="DIR", help="the same for evaluation,")
     add("--val-json", metavar="FILE", help="with the same classes")
-    add("--classes", help="a,b,c: those of a VOC tree, its VOC2012 may be absent [detectron2: VOC's 20]")
+    add("--classes", default=",".join(datasets.pascal_voc.CLASS_NAMES),
+        help="a,b,c: those of a VOC tree, its VOC2012 may be absent [detectron2: VOC's 20]")
     add("--trials", type=int, default=1, help="with seeds SEED, SEED + 1, ... [ours: 1; paper: 5 on VOC]")
     add("--eval-only", action="store_true", help="evaluate the detectors in --out again [ours: off]")
     add("--export", metavar="FILE.pth", help="only write WEIGHTS for detectron2 [ours: off]")
@@ -106,24 +104,19 @@ def get_args(argv=None):
     args = parser.parse_intermixed_args(argv)
 
     args.out = args.out or f"runs/det_{args.protocol}"
-    args.classes = args.classes.split(",") if args.classes else list(datasets.pascal_voc.CLASS_NAMES)
-    given = dict(zip(args.opts[::2], args.opts[1::2]))
+    args.classes = args.classes.split(",")
     own = [args.train_images, args.train_json, args.val_images, args.val_json]
     if any(own) != all(own) or not args.export and bool(args.data) == any(own):
         parser.error("give --data DIR, or --train-images, --train-json, --val-images and --val-json")
     if args.export and (args.weights == "random" or not args.export.endswith(".pth")):
         parser.error("--export FILE.pth writes WEIGHTS of a file, and detectron2 wants the ending .pth")
-    if len(args.opts) % 2:
-        parser.error(f"{args.opts[-1]}: overrides come in pairs, KEY VALUE")
-    if given.keys() & RESERVED:
-        parser.error(f"{min(given.keys() & RESERVED)} is set by an argument of this program, see --help")
-    if args.trials < 1 or args.seed >= 2 ** 31:
-        parser.error("--trials must be at least 1, --seed below 2**31")
-    if args.device == "auto":
-        args.device = given.get("MODEL.DEVICE", "auto")
+    given = dict(zip(args.opts[::2], args.opts[1::2]))
+    if args.trials < 1:
+        parser.error("--trials must be at least 1")
+    if RESERVED & given.keys():
+        parser.error(f"{min(RESERVED & given.keys())} is set by an argument of this program, see --help")
+    args.device = given.get("MODEL.DEVICE", args.device)
     stage.check_machine_arguments(parser, args)
-    if given.get("MODEL.DEVICE", args.device) != args.device:
-        parser.error(f"MODEL.DEVICE {given['MODEL.DEVICE']} and --device {args.device}: give --device alone")
     return args
 
 
@@ -188,12 +181,8 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
     """The protocol in detectron2's terms, overrides merged. -> it, lines: how it differs from the paper."""
     arch, base, iterations, steps, warmup, images, _ = PROTOCOLS[protocol]
     norm = "BN" if device == "cpu" else "SyncBN"
-    given = get_cfg()
-    given.merge_from_list(list(opts))
-    own_depth = "MODEL.RESNETS.DEPTH" in opts
-    depth = given.MODEL.RESNETS.DEPTH if own_depth else int(weights.resnet.removeprefix("resnet"))
-    if arch == "c4" and depth < 50:
-        raise ValueError(f"detectron2's C4 head is made of bottlenecks: ResNet-{depth} needs an fpn protocol")
+    given = dict(zip(opts[::2], opts[1::2]))
+    depth = int(given.get("MODEL.RESNETS.DEPTH", weights.resnet.removeprefix("resnet")))
 
     # Common to all [MoCo v2 and released code]
     cfg = get_cfg()
@@ -229,23 +218,19 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
     paper = flat(cfg)
 
     # Two images a GPU, as in the paper. For another batch detectron2's linear rule, counted in images.
-    batch = given.SOLVER.IMS_PER_BATCH if "SOLVER.IMS_PER_BATCH" in opts else 2 * world
-    if batch < 1 or batch % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} does not divide by {world} processes")
+    batch = int(given.get("SOLVER.IMS_PER_BATCH", 2 * world))
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
     cfg = Trainer.auto_scale_workers(cfg, batch)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                         # Trainer would scale it once more
     cfg.SOLVER.CHECKPOINT_PERIOD = paper["SOLVER.CHECKPOINT_PERIOD"]            # a kill must not cost more
-    total = given.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in opts else cfg.SOLVER.MAX_ITER
+    total = int(given.get("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER))
     falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
     cfg.SOLVER.STEPS = tuple(sorted(falls))                     # the scheduler takes none at the end
     cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
     cfg.merge_from_list(list(opts))
 
-    notes = []
-    for key, value in flat(cfg).items():
-        if value != paper[key] and key not in FREE:
-            notes.append(f"{key} {value}, paper {paper[key]} ({'given' if key in opts else 'linear rule'})")
+    notes = [f"{key} {value}, paper {paper[key]} ({'given' if key in given else 'linear rule'})"
+             for key, value in flat(cfg).items() if value != paper[key] and key not in FREE]
     if data and data.images != images:
         notes.append(f"{data.images} training images, paper {images}")
     if device == "cpu":
@@ -255,18 +240,6 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
         notes.append(f"BatchNorm, precise BN too, sees {seen} images at a time, paper 16: on a large card "
                      "SOLVER.IMS_PER_BATCH 16 gives the paper's batch")
     return cfg, notes
-
-
-def explain(error):
-    """An exception in one line: the label that was read, the kind if it is not ours, the message."""
-    text = stage.last_line(error)[:300]
-    if not isinstance(error, (ValueError, OSError)):
-        text = f"{type(error).__name__}: {text}"
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        variable = READERS.get(frame.f_code.co_name)
-        if variable in frame.f_locals:
-            text = f"{str(frame.f_locals[variable])[:200]}: {text}"
-    return text
 
 
 # ---- Data ------------------------------------------------------------------------------------------------
@@ -286,134 +259,103 @@ def find_sets(args):
             for split in ("train", "val")]
 
 
-def mend_coco(path, copy, tenth):
-    """Path of a COCO json with what only the evaluation asks for, without what is not used: it, or a copy.
+def mended(path, copy, tenth):
+    """A COCO json with what only the evaluation asks for, without what is not used. -> `copy`, where it is
 
-    tenth: of its images, Mini-COCO. ValueError names what would be lost in silence.
+    tenth: of its images, Mini-COCO. ValueError if anything would be lost in silence.
     """
-    with open(path) as f:
-        content = json.load(f)
-    times = collections.Counter(image["id"] for image in content["images"])
-    for image in content["images"]:
-        if times[image["id"]] > 1:
-            raise ValueError(f"{image['file_name']} has the id {image['id']!r} of another image: renumber")
-    for box in content["annotations"]:
-        if box["image_id"] not in times:
-            raise ValueError(f"annotation {box.get('id')!r} has image_id {box['image_id']!r}, which is no "
-                             "image of this file (a string is no number): correct or remove it")
-    kept = set(times)
+    content = json.loads(Path(path).read_text())
+    images, boxes = content["images"], content["annotations"]
+    times = collections.Counter(image["id"] for image in images)
+    for entry in images:
+        if times[entry["id"]] > 1:
+            raise ValueError("another image has the same id: renumber")
+    for entry in boxes:
+        if entry["image_id"] not in times:
+            raise ValueError("its image_id is no image of this file (a string is no number)")
     if tenth:                                       # the paper's list is not public
         order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(times))
         kept = set(order[:max(1, len(times) // 10)].tolist())
-    old = [box for box in content["annotations"] if box["image_id"] in kept]
-    ids = [box.get("id") for box in old]
-    renumber = not all(ids) or len(set(ids)) < len(ids)             # COCO's evaluation takes 0 for unmatched
-    unused = {"keypoints"}
-    if not all(any(box.get("segmentation") or ()) for box in old):  # boxes alone: detectron2 would leave out
-        unused.add("segmentation")                                  # those whose polygons are empty
-    boxes = []
-    for number, box in enumerate(old, start=1):
-        box = {"iscrowd": 0, "area": box["bbox"][2] * box["bbox"][3], **box}
-        if renumber:
-            box["id"] = number
-        boxes.append({key: value for key, value in box.items() if key not in unused})
-    images = [image for image in content["images"] if image["id"] in kept]
-    categories = [{**category, "name": str(category["name"])} for category in content["categories"]]
-    better = {**content, "images": images, "annotations": boxes, "categories": categories}
-    if better == content:
-        return path
-    stage.write_atomically(copy, lambda f: f.write(json.dumps(better).encode()))
+        images = [image for image in images if image["id"] in kept]
+        boxes = [box for box in boxes if box["image_id"] in kept]
+    masks = all(any(box.get("segmentation") or ()) for box in boxes)
+    for number, entry in enumerate(boxes, start=1):
+        entry["id"] = number                        # COCO's evaluation takes 0 for unmatched
+        entry.setdefault("iscrowd", 0)
+        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+        entry.pop("keypoints", None)
+        if not masks:                               # boxes alone: detectron2 would leave out those whose
+            entry.pop("segmentation", None)         # polygons are empty
+    for entry in content["categories"]:
+        entry["name"] = str(entry["name"])
+    content.update(images=images, annotations=boxes)
+    stage.write_atomically(copy, lambda f: f.write(json.dumps(content).encode()))
     return copy
 
 
-def picture_fault(item):
-    """Why detectron2 cannot use a picture with its boxes, "" if it can. Reads the header, not the pixels."""
-    width, height = item["width"], item["height"]
-    try:
-        with Image.open(item["file_name"]) as picture:
-            turned = picture.getexif().get(0x112, 1) > 4            # detectron2 turns it as EXIF says
-            found = picture.size[::-1] if turned else picture.size
-            kind = picture.mode
-        if found != (width, height):
-            return f"is {found[0]} x {found[1]}, its label says {width} x {height}"
-        if kind.startswith(("I", "F")):
-            return f"has pixels of kind {kind}, which detectron2 clips to white: convert it to 8 bits"
-        if max(found) > 100 * min(found):
-            return f"is {width} x {height}: resized, nothing would be left of its shorter side"
-        for number, box in enumerate(item["annotations"]):
-            left, top, *sides = box["bbox"]
-            mask = box.get("segmentation")
-            if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
-                return f"has at box {number} a mask of another height and width, {mask['size']}"
-            if isinstance(mask, list):
-                points = np.concatenate(mask).reshape(-1, 2)
-                middle = (points.min(axis=0) + points.max(axis=0)) / 2 - (left, top)
-                if (middle < -2).any() or (middle > np.add(sides, 2)).any():
-                    return f"has at box {number} polygons that lie outside of the box"
-    except Exception as error:                                      # any: labels are what somebody wrote
-        return f"cannot be used: {explain(error)}"
-    return ""
+def check_picture(item):
+    """ValueError if detectron2 cannot use a picture with its boxes. Reads the header, not the pixels."""
+    file, width, height = item["file_name"], item["width"], item["height"]
+    with Image.open(file) as picture:
+        turned = picture.getexif().get(0x112, 1) > 4                # detectron2 turns it as EXIF says
+    found = picture.size[::-1] if turned else picture.size
+    if found != (width, height):
+        raise ValueError(f"it is {found[0]} x {found[1]}, its label says {width} x {height}")
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of kind {picture.mode}, which detectron2 clips to white")
+    if max(found) > 100 * min(found):
+        raise ValueError(f"{width} x {height}: resized, nothing would be left of its shorter side")
+    for number, box in enumerate(item["annotations"]):
+        left, top, *sides = box["bbox"]
+        mask = box.get("segmentation")
+        if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
+            raise ValueError(f"box {number} has a mask of another height and width, {mask['size']}")
+        if isinstance(mask, list):
+            points = np.concatenate(mask).reshape(-1, 2)
+            middle = (points.min(axis=0) + points.max(axis=0)) / 2 - (left, top)
+            if (middle < -2).any() or (middle > np.add(sides, 2)).any():
+                raise ValueError(f"box {number} has polygons that lie outside of it")
 
 
-def read_set(args, name, folder, labels):
-    """detectron2's list of a set's pictures, their classes, and the json or VOC's split to register.
-
-    ValueError names the file and the entry that would end the run, or that would be lost.
-    """
-    source = f"{folder}/ImageSets/Main/{labels}.txt" if name.startswith("voc") else labels
-    try:
-        if name.startswith("voc"):
-            with open(source) as f:
-                names = f.read().splitlines()
-            odd = [x for x in names if x.split() != [x] or "#" in x]
-            if odd or len(names) < 2:
-                raise ValueError(f"{odd[:1]}: detectron2 takes two names or more, one a line, no space, no #")
-            items, classes = datasets.load_voc_instances(folder, labels, args.classes), args.classes
-        else:
-            tenth = args.protocol == "minicoco-c4" and name == "coco_train"
-            labels = mend_coco(labels, os.path.join(args.out, f"{name}.json"), tenth)
-            items = datasets.load_coco_json(labels, folder, name)
-            classes = MetadataCatalog.get(name).thing_classes
-    except Exception as error:                                      # any: labels are what somebody wrote
-        raise ValueError(f"{source}: {explain(error)}") from error
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for item, fault in zip(items, pool.map(picture_fault, items)):
-            if fault:
-                raise ValueError(f"{item['file_name']} {fault}")
-    return items, classes, labels
+def register(name, folder, labels, classes):
+    """A set under detectron2's name. Each process reads it by itself, when it needs it."""
+    if name.startswith("voc"):
+        datasets.register_pascal_voc(name, folder, labels, int(name[3:7]), classes)
+    else:
+        datasets.register_coco_instances(name, {}, labels, folder)
 
 
 def load_data(args):
-    """Reads and checks the protocol's sets. -> what all processes must know of them."""
-    data = SimpleNamespace(sets=[], classes=None, masks=args.protocol != "voc-c4", run_length=False,
-                           chosen=[], digests=[], images=0, boxes=0)
+    """Mends, registers and checks the protocol's sets. -> what all processes must know of them."""
+    data = SimpleNamespace(sets=[], digests=[], images=0, classes=None, masks=args.protocol != "voc-c4",
+                           run_length=False)
     for name, folder, labels in find_sets(args):
-        items, classes, labels = read_set(args, name, folder, labels)
+        source = f"{labels} of {folder}"
+        tenth = args.protocol == "minicoco-c4" and name == "coco_train"
+        if not name.startswith("voc"):
+            labels = mended(labels, f"{args.out}/{name}.json", tenth)
+        register(name, folder, labels, args.classes)
+        items, classes = DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes
+        for item in items:
+            check_picture(item)
         boxes = [box for item in items for box in item["annotations"] if not box.get("iscrowd")]
         if not boxes:
-            raise ValueError(f"{labels} of {folder}: no box, or crowds (iscrowd 1) alone")
+            raise ValueError("no box, or crowds (iscrowd 1) alone")
         if data.classes not in (None, classes):
-            raise ValueError(f"{labels}: its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
+            raise ValueError(f"its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
         data.classes = classes
         data.masks = data.masks and all("segmentation" in box for box in boxes)
         digests = [stage.digest([repr((item["image_id"], item["annotations"])).encode()]) for item in items]
         data.digests.append(stage.digest(digest.encode() for digest in digests))
         data.sets.append((name, folder, labels))
+        data.source = source                                        # in the end validation's
         if name.endswith(("train", "trainval")):
             data.run_length |= any(isinstance(box.get("segmentation"), dict) for box in boxes)
             data.images += len(items)
-            data.boxes += len(boxes)
-            data.chosen += [item["image_id"] for item in items if args.protocol == "minicoco-c4"]
+        if tenth:
+            data.minicoco = [item["image_id"] for item in items]
+            data.minicoco_digest = stage.digest(str(image).encode() for image in data.minicoco)
     return data
-
-
-def register(data):
-    """detectron2 reads the sets by their names, in each process by itself, when it needs them."""
-    for name, folder, labels in data.sets:
-        if name.startswith("voc"):
-            datasets.register_pascal_voc(name, folder, labels, int(name[3:7]), data.classes)
-        else:
-            datasets.register_coco_instances(name, {}, labels, folder)
 
 
 # ---- The rehearsal, and pictures -------------------------------------------------------------------------
@@ -423,8 +365,8 @@ def perfect(item):
     boxes = [box for box in item["annotations"] if not box.get("iscrowd")]
     size = (item["height"], item["width"])
     truth = detection_utils.annotations_to_instances(boxes, size, mask_format="bitmask")
-    found = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
-    found.scores = torch.ones(len(boxes))
+    found = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes,
+                      scores=torch.ones(len(boxes)))
     found.pred_boxes.clip(size)
     if truth.has("gt_masks"):
         found.pred_masks = truth.gt_masks.tensor
@@ -436,21 +378,21 @@ def rehearse(cfg, source):
 
     -> on rank 0, why its AP is not 100. ValueError if it is under 99, or cannot be had.
     """
+    name = cfg.DATASETS.TEST[0]
     lost, seen, notes = [], set(), []
-    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    evaluator = Trainer.build_evaluator(cfg, name)
     evaluator.reset()
     if comm.is_main_process():
-        items = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-        for item in items:
+        for item in DatasetCatalog.get(name):
             found = perfect(item)
             evaluator.process([item], [{"instances": found}])
             whole = found.pred_boxes.nonempty()
             if found.has("pred_masks"):
                 whole &= found.pred_masks.flatten(1).any(dim=1)
-            lost += [item["file_name"] for _ in range(int((~whole).sum()))]
+            lost += [item["file_name"]] * int((~whole).sum())
             seen.update(found.pred_classes.tolist())
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        draw(cfg, [item for item in items if item["annotations"]][:1], perfect, f"{cfg.OUTPUT_DIR}/truth.png")
+        draw(cfg, 1, perfect, f"{cfg.OUTPUT_DIR}/truth.png")
     with contextlib.redirect_stdout(io.StringIO()):
         results = evaluator.evaluate() or {}
     for kind, values in results.items():
@@ -464,10 +406,12 @@ def rehearse(cfg, source):
 
 
 @torch.no_grad()
-def draw(cfg, items, detect, path):
-    """A sheet of pictures, each twice: the truth; what `detect` finds with score 0.5, or its best three."""
-    classes, cells = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes, []
-    for item in items:
+def draw(cfg, count, detect, path):
+    """`count` pictures, each twice: the truth; what `detect` finds with score 0.5, or its best three."""
+    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
+    items = [item for item in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if item["annotations"]]
+    cells = []
+    for item in items[::max(1, len(items) // count)][:count]:
         image = torch.from_numpy(read_image(item["file_name"], "RGB").copy()).permute(2, 0, 1)
         scale = min(480 / item["width"], 360 / item["height"])
         image = resize(image, [max(1, int(scale * side)) for side in image.shape[1:]])
@@ -475,15 +419,14 @@ def draw(cfg, items, detect, path):
         sure = found.scores >= 0.5
         for shown in (perfect(item), found[sure] if sure.any() else found[:3]):
             shown, cell = shown[shown.pred_boxes.nonempty()], image
-            colors = [("lime", "cyan", "magenta", "orange", "red")[i % 5] for i in range(len(shown))]
-            names = [f"{classes[i]} {score:.2f}" for i, score in zip(shown.pred_classes, shown.scores)]
-            if shown.has("pred_masks") and names:
-                masks = F.interpolate(shown.pred_masks[None].float(), image.shape[1:])[0] > 0.5
-                cell = draw_segmentation_masks(cell, masks, alpha=0.4, colors=colors)
-            if names:
-                cell = draw_bounding_boxes(cell, shown.pred_boxes.tensor * scale, names, colors, width=2)
-            cells.append(F.pad(cell, (0, 480 - cell.shape[2], 0, 360 - cell.shape[1]), value=255))
-    write_png(make_grid(cells, nrow=4, padding=4), path)
+            if len(shown) and shown.has("pred_masks"):
+                masks = resize(shown.pred_masks.float(), image.shape[1:]) > 0.5
+                cell = draw_segmentation_masks(cell, masks, alpha=0.4, colors="lime")
+            if len(shown):
+                names = [f"{classes[i]} {score:.2f}" for i, score in zip(shown.pred_classes, shown.scores)]
+                cell = draw_bounding_boxes(cell, shown.pred_boxes.tensor * scale, names, "lime", width=2)
+            cells.append(pad(cell, [0, 0, 480 - cell.shape[2], 360 - cell.shape[1]], fill=255) / 255)
+    save_image(cells, path, nrow=4, padding=4)
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------
@@ -492,13 +435,8 @@ def get_weights(args):
     """WEIGHTS, read and whole; without any tensor for `random`."""
     if args.weights == "random":
         return Weights({}, {}, "resnet50", "random init", *INPUTS[args.input], ())
-    try:
-        path = PathManager.get_local_path(args.weights) if "://" in args.weights else args.weights
-        weights = read_weights(path, trust=args.trust, prefix=args.prefix, input=args.input)
-        int(weights.resnet.removeprefix("resnet"))
-    except Exception as error:                                      # any: a file or an address from anywhere
-        raise ValueError(f"{args.weights}: {explain(error)}") from error
-    return weights
+    path = PathManager.get_local_path(args.weights)                 # a file, or an address of detectron2
+    return read_weights(path, trust=args.trust, prefix=args.prefix, input=args.input)
 
 
 def load_weights(model, weights, arch):
@@ -540,62 +478,66 @@ def export(args):
 
 def paper_rows(protocol):
     """{'paper: InsLoc, 200 epochs': {'APbb': '39.5', ...}}: all rows of the paper's tables of a protocol."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "paper_tables.csv")
-    if not os.path.exists(path):                    # a script copied without docs/: the results come first
-        return {f"paper: not shown, {path} is missing": {}}
-    rows = {}
-    with open(path) as f:
-        for row in csv.DictReader(f):
-            if row["table"] in PROTOCOLS[protocol][-1] and row["arch"].startswith(("Mask", "Faster")):
-                name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
-                rows.setdefault(name, {})[row["metric"]] = f"{float(row['value']):.1f}"
+    rows = collections.defaultdict(dict)
+    table = Path(__file__).with_name("docs") / "paper_tables.csv"
+    for row in csv.DictReader(table.read_text().splitlines()):
+        if row["table"] in PROTOCOLS[protocol][-1] and row["arch"].startswith(("Mask", "Faster")):
+            name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
+            rows[name][row["metric"]] = f"{float(row['value']):.1f}"
     return rows
 
 
 def report(args, cfg, notes, data, source, trials):
-    """results.json, and the table in the paper's columns with all rows of the paper below ours."""
+    """results.json; then the table in the paper's columns, with all rows of the paper below ours."""
     means, deviations, ours = {}, {}, {}
-    for kind, suffix in (("bbox", "bb"), ("segm", "mk")):
-        for metric in ("AP", "AP50", "AP75") if kind in trials[0] else ():
-            label = metric if args.protocol == "voc-c4" else metric + suffix    # Table 1 has boxes alone
-            values = [trial[kind][metric] for trial in trials]      # nan: no detection at all
+    for kind, metric in itertools.product(("bbox", "segm"), ("AP", "AP50", "AP75")):
+        values = [trial[kind][metric] for trial in trials if kind in trial]     # nan: no detection at all
+        if values:
+            label = metric if args.protocol == "voc-c4" else metric + {"bbox": "bb", "segm": "mk"}[kind]
             means[label] = float(np.mean(values))
             ours[label] = f"{means[label]:.1f}"
-            if len(values) > 1:
-                deviations[label] = float(np.std(values, ddof=1))
-                ours[label] += f" ± {deviations[label]:.1f}"
+        if len(values) > 1:
+            deviations[label] = float(np.std(values, ddof=1))
+            ours[label] += f" ± {deviations[label]:.1f}"
+    result = {"protocol": args.protocol, "source": source, "mean": means, "deviation": deviations,
+              "trials": trials, "differs_from_paper": notes, "data": vars(data), "commit": stage.commit(),
+              "torch": torch.__version__, "detectron2": detectron2.__version__, "arguments": vars(args),
+              "config": cfg}
+    path = os.path.join(args.out, "evaluation.json" if args.eval_only else "results.json")
+    stage.write_atomically(path, lambda f: f.write(json.dumps(result, indent=1).encode()))
+    print(f"wrote {path}; trial*/detections.png; curves: tensorboard --logdir {args.out}")
     rows = {"": {label: label for label in ours}, f"this run: mean of {len(trials)}": ours,
             **paper_rows(args.protocol)}
     width = max(len(name) for name in rows)
     for name, row in rows.items():
         print(f"{name:<{width}}" + "".join(f"{row.get(label, '-'):>12}" for label in ours))
-    result = {"protocol": args.protocol, "source": source, "mean": means, "deviation": deviations,
-              "trials": trials, "differs_from_paper": notes, "data": vars(data), "commit": stage.commit(),
-              "torch": torch.__version__, "detectron2": detectron2.__version__, "arguments": vars(args),
-              "config": cfg}
-    if data.chosen:
-        path = os.path.join(args.out, "minicoco.txt")
-        listed = "".join(f"{image}\n" for image in data.chosen).encode()
-        stage.write_atomically(path, lambda f: f.write(listed))
-        result["list_sha256"] = hashlib.sha256(listed).hexdigest()
-        print(f"{path}: sha256 {result['list_sha256']}")
-    path = os.path.join(args.out, "evaluation.json" if args.eval_only else "results.json")
-    stage.write_atomically(path, lambda f: f.write(json.dumps(result, indent=1).encode()))
-    print(f"wrote {path}; trial*/detections.png; curves: tensorboard --logdir {args.out}")
 
 
 # ---- The run ---------------------------------------------------------------------------------------------
 
+def explain(error):
+    """An exception in one line: what was being read, the exception's kind if it is not ours, its message."""
+    places = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        variable = READERS.get(frame.f_code.co_name)
+        if variable in frame.f_locals:
+            places.append(f"{str(frame.f_locals[variable])[:200]}: ")
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return "".join(places) + kind + stage.last_line(error)[:300]
+
+
 def main(rank, device, args):
     """What stage.launch runs in each process. Whatever goes wrong in it is told in one line."""
     try:
-        fine_tune(rank, device, args)
+        if args.export:
+            export(args)
+        else:
+            fine_tune(rank, device, args)
     except Exception as error:                                      # any: overrides, labels, pictures
-        logging.getLogger("detectron2").exception("what happened")
-        hint = "; try a lower SOLVER.BASE_LR" if isinstance(error, FloatingPointError) else ""
         if args.world > 1 and isinstance(error, RuntimeError):
-            time.sleep(30)          # another process failed, says why, and has this one ended by its launcher
-        stage.fail(explain(error) + hint)
+            raise                       # another process has failed and says why; the launcher ends this one
+        logging.getLogger("detectron2").debug("what happened", exc_info=True)     # to OUT/log.txt
+        stage.fail(explain(error))
 
 
 def make_plan(args):
@@ -605,15 +547,17 @@ def make_plan(args):
     cfg, notes = build_config(args.protocol, weights, data, args.world, args.device, opts)
     settings = {**flat(cfg), "SEED": args.seed, "labels": data.digests,
                 "weights": stage.digest(x.numpy().tobytes() for x in weights.backbone.values())}
-    settings = json.loads(json.dumps(settings))                     # as it will be read again
-    if os.path.exists(os.path.join(args.out, SETTINGS)):
-        with open(os.path.join(args.out, SETTINGS)) as f:
-            begun = json.load(f)
+    settings = {key: str(value) for key, value in settings.items()}
+    path = Path(args.out, "settings.json")
+    if path.exists() and Path(args.out, BEGUN).exists():
         inputs = {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"}
-        changed = stage.differences(begun, settings, settings.keys() - inputs if args.eval_only else FREE)
+        free = settings.keys() - inputs if args.eval_only else FREE
+        changed = stage.differences(json.loads(path.read_text()), settings, free)
         if changed:
             raise ValueError(f"{args.out} was begun otherwise, give another --out: {changed}")
-    return data, cfg, notes, settings
+    else:
+        stage.write_atomically(str(path), lambda f: f.write(json.dumps(settings).encode()))
+    return data, cfg, notes
 
 
 def train(cfg, weights, arch, last, say):
@@ -649,9 +593,11 @@ def fine_tune(rank, device, args):
 
     # ---- What is done: planned and checked on rank 0, which alone reads all labels ----
     stage.check_ranks(vars(args))
-    data, cfg, notes, settings = stage.gather_objects(make_plan(args) if rank == 0 else None)[0]
+    data, cfg, notes = stage.gather_objects(make_plan(args) if rank == 0 else None)[0]
     weights = get_weights(args)
-    register(data)
+    for name, folder, labels in data.sets:
+        if rank > 0:                                                # rank 0 has them
+            register(name, folder, labels, data.classes)
     cfg.SEED = args.seed
     cfg.OUTPUT_DIR = args.out
     with contextlib.redirect_stdout(io.StringIO()):                 # environment and keys go to OUT/log.txt,
@@ -659,29 +605,22 @@ def fine_tune(rank, device, args):
     for part in ("utils.events", "evaluation.evaluator"):           # progress to the console, too
         logging.getLogger(f"detectron2.{part}").addHandler(logging.StreamHandler(sys.stdout))
     say(f"{weights.source}; input {cfg.INPUT.FORMAT}, mean {cfg.MODEL.PIXEL_MEAN}, std {cfg.MODEL.PIXEL_STD}")
-    say(f"{data.images} training images, {data.boxes} boxes, {len(data.classes)} classes; masks {data.masks}")
 
     # ---- The evaluation, rehearsed ----
     cfg.OUTPUT_DIR = os.path.join(args.out, "rehearsal")
-    notes += rehearse(cfg, data.sets[-1][2])
+    notes += rehearse(cfg, data.source)
     say(*notes, sep="\n")
-    if rank == 0 and not args.eval_only:
-        path = os.path.join(args.out, SETTINGS)
-        stage.write_atomically(path, lambda f: f.write(json.dumps(settings).encode()))
 
     # ---- Trials ----
     trials = []
     for trial in range(args.trials):
         here = os.path.join(args.out, f"trial{trial}")
-        done, last = os.path.join(here, "results.json"), ""
-        if os.path.exists(os.path.join(here, "last_checkpoint")):
-            with open(os.path.join(here, "last_checkpoint")) as f:
-                last = f.read()
-        stage.check_ranks({f"trial {trial}": (last, os.path.exists(done))})
-        if os.path.exists(done) and not args.eval_only:
+        done, newest = Path(here, "results.json"), Path(here, "last_checkpoint")
+        last = newest.read_text() if newest.exists() else ""
+        stage.check_ranks({f"trial {trial}": (last, done.exists())})
+        if done.exists() and not args.eval_only:
             say(f"trial {trial}: done before")
-            with open(done) as f:
-                trials.append(json.load(f))
+            trials.append(json.loads(done.read_text()))
             continue
         cfg.SEED = args.seed + trial
         cfg.OUTPUT_DIR = here
@@ -696,12 +635,11 @@ def fine_tune(rank, device, args):
         if rank == 0:
             trials.append({"seed": cfg.SEED, **metrics})
             if not args.eval_only:
-                stage.write_atomically(done, lambda f: f.write(json.dumps(trials[-1], indent=1).encode()))
-            items = [item for item in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if item["annotations"]]
+                stage.write_atomically(str(done), lambda f: f.write(json.dumps(trials[-1]).encode()))
             mapper = DatasetMapper(cfg, is_train=False)
             model.eval()
-            draw(cfg, items[::max(1, len(items) // 8)][:8],
-                 lambda item: model([mapper(item)])[0]["instances"].to("cpu"), f"{here}/detections.png")
+            draw(cfg, 8, lambda item: model([mapper(item)])[0]["instances"].to("cpu"),
+                 f"{here}/detections.png")
     if rank == 0:
         report(args, cfg, notes, data, weights.source, trials)
 
@@ -709,16 +647,13 @@ def fine_tune(rank, device, args):
 def prepare(args):
     """What stage.launch runs once, before main. -> more arguments of main: none"""
     if not args.eval_only:
-        stage.check_new(args, [SETTINGS])
+        stage.check_new(args, [BEGUN])
     return ()
 
 
 if __name__ == "__main__":
     arguments = get_args()
-    if not arguments.export:
-        stage.launch(main, arguments, prepare)
+    if arguments.export:
+        main(0, None, arguments)
     else:
-        try:
-            export(arguments)
-        except (ValueError, OSError) as error:
-            stage.fail(str(error))
+        stage.launch(main, arguments, prepare)

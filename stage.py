@@ -42,8 +42,16 @@ def fail(message):
     message = f"{os.path.basename(sys.argv[0])}: error: {message}"
     if dist.is_initialized():               # at once: else the others miss it, and are heard of first
         print(message, file=sys.stderr, flush=True)
+        kill_workers()
         os._exit(1)
     sys.exit(message)
+
+
+def kill_workers():
+    """Ends this process's loader workers, which as orphans might wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
+    for worker in mp.active_children():
+        worker.kill()
 
 
 def leave(message, status=1):
@@ -162,6 +170,14 @@ def start_processes(count, job):
 
 def run(rank, rendezvous, main, args, prepared):
     """main in this process, with its device, the lock on --out and the process group."""
+    def stop(number, frame):                # until a stage takes the signals itself, to save first
+        if rank == 0 and os.getpid() == process:                    # a loader worker inherits this
+            print(f"stopped by {signal.Signals(number).name}; {GO_ON}", file=sys.stderr, flush=True)
+        kill_workers()
+        os._exit(128 + number)
+
+    process = os.getpid()
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         device = torch.device("cpu")
@@ -189,15 +205,10 @@ def run(rank, rendezvous, main, args, prepared):
             fail(f"{last_line(error)[:150]}; if memory or /dev/shm is short, take fewer --workers or 0, or "
                  f"docker's --shm-size; {GO_ON}")
         raise
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                # it may come twice
-        if rank == 0:
-            print(f"stopped by SIGINT; {GO_ON}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report the workers killed here
-        for worker in mp.active_children():
-            worker.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        kill_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
 

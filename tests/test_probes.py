@@ -169,7 +169,7 @@ def test_place_is_read_where_it_stands(world, tmp_path, monkeypatch):
 
 
 def test_a_held_out_tenth_of_the_training_images_chooses_the_rate(world, tmp_path, monkeypatch):
-    """A stand-in says how often each layer is right: the fifth on the tenth, the first on validation."""
+    """A stand-in for the confusion says that the fifth layer is the best; validation is asked once."""
     trained, asked = [], []
     train_heads = probe_loc.train_heads
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pretrain
+import probe_cls
 import stage
 from conftest import SMALL, finish, lines, same, start, state_of, tensors, wait_for_step, write_images
 from insloc import KeyQueue
@@ -171,6 +172,25 @@ def test_a_signal_to_the_parent_stops_all_ranks_with_one_line(base, photos, tmp_
     assert len(both) == 2 and not any(os.path.exists(f"/proc/{rank}") for rank in both)
     finish(start(*options, env=ENV))
     assert same(state_of(tmp_path), state_of(base(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("number", stage.SIGNALS)
+def test_a_stage_that_saves_by_itself_is_stopped_with_one_line(photos, tmp_path, count, number):
+    """The probes; the signal goes to the whole process group, as a terminal's does."""
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            shutil.copytree(photos, tmp_path / "data" / split / label)
+    out = tmp_path / "out"
+    process = start("random", tmp_path / "data", "--resnet", "narrow18", "--image-size", 64, "--epochs", 999,
+                    "--device", "cpu", "--nprocs", count, "--workers", 1, "--out", out, env=ENV,
+                    launcher=(sys.executable, probe_cls.__file__))
+    while not os.path.exists(out / "checkpoint.pth") and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, err = finish(process, 128 + number)
+    assert err == f"stopped by {number.name}; --resume goes on from the last checkpoint\n"
 
 
 @pytest.mark.slow
