@@ -436,7 +436,7 @@ def voc_args(data, out, classes=toy.CLASSES):
 def test_the_toy_world_in_both_layouts_is_whole(world, tmp_path):
     data, cfg, notes = rehearsed(own_set(world, tmp_path))
     assert notes == [] and data.masks and not data.run_length
-    assert [labels for *_, labels in data.sets] == [f"{tmp_path}/out/coco_{x}.json" for x in ("train", "val")]
+    assert [labels for *_, labels in data.sets] == [f"{tmp_path}/{x}.json" for x in ("train", "val")]
     assert cfg.DATASETS.TRAIN == ("coco_train",) and cfg.DATASETS.TEST == ("coco_val",)
     voc, cfg, notes = rehearsed(voc_args(world, tmp_path))
     assert notes == [] and not voc.masks and voc.classes == data.classes
