@@ -91,9 +91,9 @@ def paste(background, foreground, top, left, out=None):
 def grid_anchors(image_size=256, stride=16, sizes=None, ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
     """RPN's anchors on a square canvas: (A, 4) float32, by row, column, size, ratio; 5120 for the defaults.
 
-    sizes: 32, 64, 128, 256 on a canvas of 256, in proportion on others, where large boxes would match none.
-    ratio = h / w at area size**2. Centres lie at 0, stride, 2 stride, ...; boxes are not clipped. [values:
-    released code]
+    sizes: 32, 64, 128, 256 on a canvas of 256. On other canvases they scale with it, since a large box would
+    match no anchor of fixed sizes; the stride stays. ratio = h / w at area size**2. Centres lie at 0, stride,
+    2 stride, ...; boxes are not clipped. [values: released code]
     """
     sizes = sizes or [image_size / n for n in (8, 4, 2, 1)]
     size = torch.tensor(sizes, dtype=torch.float64)[:, None]
@@ -265,7 +265,7 @@ def blur_matrix(inside, sigma):
 
 # ---- 4  Dataset and groups: the work of a loader worker --------------------------------------------------
 
-class Unreadable(Exception):
+class Unreadable(OSError):
     """The data is gone, not merely damaged: too many files in a row cannot be read."""
 
 
@@ -377,9 +377,9 @@ class MakeGroup:
     in channels_last memory, boxes (N, 4) the true ones, jittered (N, 4) (differs for queries only), and the
     tensors of `photometric_params`.
 
-    Backgrounds come from the other samples of the group: in a random group they are uniformly random other
-    training images, and cost no decode. DIVERGES: the release decodes two more images a sample
-    (`Views(dataset_backgrounds=True)`).
+    Backgrounds come from the other samples of the group and cost no decode. Each alone is a uniformly random
+    other training image, but within a group they are not independent. DIVERGES: the release decodes two more
+    images a sample (`Views(dataset_backgrounds=True)`).
     needs: generator_for, paste, grid_anchors, jitter_boxes, photometric_params, choose_backgrounds
     """
     seed: int = 0

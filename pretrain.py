@@ -89,9 +89,12 @@ def get_args(argv=None):
     pasting = args.method in ("cp", "insloc")
     in_hardware = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if in_hardware else "fp32")
-    args.image_size = args.image_size or (256 if pasting else 224)
-    args.roi_size = args.roi_size or min(14, args.image_size // 16)
+    if args.image_size is None:
+        args.image_size = 256 if pasting else 224
+    if args.roi_size is None:
+        args.roi_size = max(1, min(14, args.image_size // 16))
     args.out = args.out or f"runs/{args.method}_{args.arch}"
+    args.resume = args.resume and not args.preview          # a picture goes into a folder of its own
     if args.image_size < 32 or args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the stride of the network")
     if args.fg_size and not pasting:
@@ -178,7 +181,10 @@ def augment(view, args, device):
 
 
 def boxes_of(view, args, device):
-    """The boxes to pool: true ones for keys, jittered ones for queries, FPN's on P5 alone by default."""
+    """The boxes to pool: true ones for keys, jittered ones for queries.
+
+    DIVERGES: FPN's levels but P5 pool the true box, as released; the paper's plainest reading is all levels.
+    """
     if args.method == "moco":
         return None
     true = view["boxes"].to(device, non_blocking=True)
@@ -227,7 +233,10 @@ def save_composites(args, paths, count):
     """
     views, make_group = make_data(args, paths)
     size = min(max(count, args.bn_group), len(paths))
-    group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
+    try:
+        group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
+    except ValueError as error:
+        stage.fail(error)
     mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
     anchors = grid_anchors(args.image_size)
     frame = args.image_size // 4

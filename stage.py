@@ -93,6 +93,8 @@ def launcher_variables():
             found[name] = int(text)
         if not os.environ.get("MASTER_ADDR"):
             fail("RANK is set, but not MASTER_ADDR: start by torchrun, or unset RANK")
+        if found["RANK"] >= found["WORLD_SIZE"]:
+            fail(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: start by torchrun")
     return found
 
 

@@ -500,6 +500,8 @@ BAD = {
     "boxes the wrong way round": (["--fg-size", 30, 20, "DATA"], "LOW <= HIGH"),
     "canvas off the stride": (["--image-size", 40, "DATA"], "multiple of 32"),
     "paste size without pasting": (["--method", "ra", "--fg-size", 8, 16, "DATA"], "pastes nothing"),
+    "canvas of nothing": (["--image-size", 0, "DATA"], "multiple of 32"),
+    "pooling to nothing": (["--roi-size", 0, "DATA"], "--roi-size must be at least 1"),
     "no epochs": (["--epochs", 0, "DATA"], "--epochs must be at least 1"),
     "negative rate": (["--lr", -1, "DATA"], "--lr and --weight-decay must be numbers from 0 on"),
     "rate that is no number": (["--lr", "nan", "DATA"], "--lr and --weight-decay must be numbers from 0 on"),
@@ -551,7 +553,7 @@ def content(folder):
 def test_a_folder_with_a_run_is_refused_without_resume(here, base, photos):
     out = base("c4", 1)[0]
     before = content(out)
-    for more in ([], ["--preview", 4]):
+    for more in ([], ["--preview", 4], ["--preview", 4, "--resume"]):
         status, _, err = here(*OPTIONS["c4"], "--out", out, *more, photos)
         assert status == 1 and f"{out} holds a run: --resume goes on with it, --out starts another" in err
     assert before == content(out)
