@@ -318,9 +318,9 @@ def log(args, events, record, last_step, seconds_left):
 def save(args, state, parts, chance):
     """checkpoint.pth, backbone.pth and loss.png. Returns what went wrong, "" if all is saved."""
     try:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        stage.save_checkpoint(args.out, {**state, **states})
-        backbone = {name.removeprefix("resnet."): tensor.cpu() for name, tensor in states["encoder_q"].items()
+        state.update({name: part.state_dict() for name, part in parts.items()})
+        state = stage.save_checkpoint(args.out, state)
+        backbone = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
                     if name.startswith("resnet.")}
         path = os.path.join(args.out, "backbone.pth")
         stage.write_atomically(path, lambda f: torch.save(backbone, f))

@@ -272,10 +272,14 @@ def checked(value):
 
 
 def save_checkpoint(out, state):
-    """checkpoint.pth, checked; the one before becomes checkpoint_prev.pth. A full disk: RuntimeError, too."""
+    """Writes checkpoint.pth, returns it as `checked`. The one before becomes checkpoint_prev.pth.
+
+    A full disk is an OSError, or torch.save's RuntimeError.
+    """
     path = os.path.join(out, "checkpoint.pth")
     state = checked(state)
     write_atomically(path, lambda f: torch.save(state, f), os.path.join(out, "checkpoint_prev.pth"))
+    return state
 
 
 def read_checkpoint(out, say):
