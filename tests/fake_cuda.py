@@ -125,7 +125,8 @@ class FakeGPU(FakeTensorMode):
                 self.wait("a copy from the GPU")
                 return args[0].zero_()
             if args[1].dim() or args[1].nbytes > 8:                 # a number travels with the kernel
-                self.check_copy(args[1], kwargs.get("non_blocking", (*args, False)[2]))
+                non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+                self.check_copy(args[1], non_blocking)
         elif func is aten._local_scalar_dense.default:
             self.wait("a number of the GPU is asked for")
             return True if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
