@@ -341,11 +341,7 @@ def main(rank, device, args, paths, data_digest):
 
     # ---- run directory: the checkpoint to go on from, and whether it and the ranks are of one run
     settings = {**vars(args), "images": data_digest}
-    state = stage.read_checkpoint(args.out, say) if args.resume else None
-    if state and "settings" not in state:
-        stage.fail(f"{args.out}/checkpoint.pth is no checkpoint of pretrain.py; give another --out")
-    if state and (differ := stage.differences(state["settings"], settings, FREE)):
-        stage.fail(f"cannot resume {args.out} with other settings: {differ}")
+    state = stage.resume(args, settings, FREE, say)
     step = state["step"] if state else 0
     stage.check_ranks({**settings, "step": step})
 

@@ -158,10 +158,7 @@ def main(rank, device, args, train, val, data_digest):
 
     # ---- the run in --out, if it goes on, and the other ranks: the same settings, images and nets
     settings = {**vars(args), "images": data_digest, "nets": digest(nets)}
-    state = stage.read_checkpoint(args.out, say) if args.resume else None
-    free = stage.LOCAL | {"world", "weights", "trust"}
-    if state and (differ := stage.differences(state.get("settings", {}), settings, free)):
-        stage.leave(f"cannot resume {args.out} with other settings: {differ}")
+    state = stage.resume(args, settings, stage.LOCAL | {"world", "weights", "trust"}, say)
     lines = state["lines"] if state else []
     stage.check_ranks({**settings, "lines done": len(lines)})
     subset = torch.randperm(len(train), generator=generator_for(args.seed, "subset"))[:args.train_images]

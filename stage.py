@@ -301,6 +301,16 @@ def read_checkpoint(out, say):
     say(f"no checkpoint in {out} yet: starting at step 0")
 
 
+def resume(args, settings, free, say):
+    """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ."""
+    state = read_checkpoint(args.out, say) if args.resume else None
+    if state and "settings" not in state:
+        leave(f"{args.out}/checkpoint.pth is no checkpoint of {os.path.basename(sys.argv[0])}")
+    if state and (differ := differences(state["settings"], settings, free)):
+        leave(f"cannot resume {args.out} with other settings: {differ}")
+    return state
+
+
 def digest(strings):
     """Sixteen hex digits of a sequence of bytes objects."""
     return hashlib.sha256(b"\0".join(strings)).hexdigest()[:16]

@@ -709,7 +709,8 @@ def test_out_must_be_a_folder(script, more, few, tmp_path, refusal):
 @SHORT
 def test_a_foreign_checkpoint_is_refused(script, more, few, tmp_path, refusal):
     torch.save({"encoder_q": {}}, tmp_path / "checkpoint.pth")
-    assert "other settings" in refusal(script, *NARROW, few, *more, "--resume", "--out", tmp_path)
+    said = refusal(script, *NARROW, few, *more, "--resume", "--out", tmp_path)
+    assert "checkpoint.pth is no checkpoint of" in said
 
 
 @SHORT
