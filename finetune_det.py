@@ -34,7 +34,7 @@ from torchvision.transforms.functional import pad, resize
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import stage
-from weights import INPUTS, Weights, read_weights, to_detectron2
+from weights import add_weights_arguments, random_weights, read_weights, to_detectron2
 
 warnings.filterwarnings("ignore", ".*torch.jit.script|torch.meshgrid|.*broadcast_buffers")        # theirs
 for name in ("torch.fx", "torch.utils.cpp_extension"):
@@ -96,9 +96,7 @@ def get_args(argv=None):
     add("--trials", type=int, default=1, help="with seeds SEED, SEED + 1, ... [ours: 1; paper: 5 on VOC]")
     add("--eval-only", action="store_true", help="evaluate the detectors in --out again [ours: off]")
     add("--export", metavar="FILE.pth", help="only write WEIGHTS for detectron2 [ours: off]")
-    add("--input", choices=list(INPUTS), default="imagenet", help="what WEIGHTS were trained on [MoCo v2]")
-    add("--prefix", help="where in its file the trunk is [ours: the one place with a whole ResNet]")
-    add("--trust", action="store_true", help="let the weights' file run code, as pickles may [ours: off]")
+    add_weights_arguments(parser)
     stage.add_machine_arguments(parser, out="runs/det_PROTOCOL")
     add("opts", nargs="*", metavar="KEY VALUE", help="detectron2 configuration")
     args = parser.parse_intermixed_args(argv)
@@ -440,7 +438,7 @@ def draw(cfg, count, detect, path):
 def get_weights(args):
     """WEIGHTS, read and whole; without any tensor for `random`."""
     if args.weights == "random":
-        return Weights({}, {}, "resnet50", "random init", *INPUTS[args.input], ())
+        return random_weights(input=args.input)
     path = PathManager.get_local_path(args.weights)                 # a file, or an address of detectron2
     return read_weights(path, trust=args.trust, prefix=args.prefix, input=args.input)
 

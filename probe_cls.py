@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 import stage
 from insloc import generator_for, make_resnet, read_image
-from weights import INPUTS, RESNETS, Weights, read_weights
+from weights import RESNETS, Pixels, add_weights_arguments, load_trunk, random_weights, read_weights
 
 PAPER = {"SwAV": 70.1, "BYOL": 74.3, "MoCo-v2": 67.7, "InsLoc": 61.7}           # Table 3a, Cls: top-1, R50-C4
 
@@ -37,10 +37,8 @@ def get_args(argv=None):
     add("--knn", type=int, default=0, metavar="K", help="weighted k-NN instead; 20 is usual [ours: 0 is off]")
     add("--image-size", type=int, default=224, help="side of the crop, validation: of 8/7 of it [MoCo v2]")
     add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
-    add("--input", choices=INPUTS, default="imagenet", help="the pixels WEIGHTS know [ours: most files']")
-    add("--prefix", help="the place in WEIGHTS to take [ours: the only one with a whole trunk]")
-    add("--trust", action="store_true", help="let WEIGHTS run code, as a pickle does [ours: off]")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
+    add_weights_arguments(parser)
     stage.add_machine_arguments(parser, "runs/cls_WEIGHTS, with --knn runs/knn_WEIGHTS")
     args = parser.parse_args(argv)
     stage.check_machine_arguments(parser, args)
@@ -88,16 +86,11 @@ class Images(ImageFolder):
 
 
 def make_net(weights, seed):
-    """torchvision's ResNet without fc, with these weights or random ones. pixels (2, 3, 1, 1): mean, std."""
+    """torchvision's ResNet without fc, with these weights or random ones, behind the pixels that it knows."""
     torch.manual_seed(seed)
-    net = make_resnet(weights.resnet)
-    net.load_state_dict(weights.backbone or net.state_dict())
-    for block in net.modules():
-        if weights.stride_in_1x1 and hasattr(block, "conv3"):                           # a bottleneck
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    net.register_buffer("pixels", torch.tensor([weights.pixel_mean, weights.pixel_std])[:, :, None, None])
-    net.is_bgr = weights.channel_order == "BGR"
-    return net
+    resnet = make_resnet(weights.resnet)
+    load_trunk(resnet, weights)
+    return torch.nn.Sequential(Pixels(weights), resnet)
 
 
 def knn(queries, bank, labels, n_classes, k=20, temperature=0.07):
@@ -121,13 +114,13 @@ def main(rank, device, args, train, val, data_digest):
     digest = lambda net: stage.digest(x.cpu().numpy().tobytes() for x in net.state_dict().values())
 
     # ---- the frozen nets: for k-NN a random one beside the given one
-    found = {"random": Weights({}, {}, args.resnet, "random init", *INPUTS["imagenet"], ())}
+    found = {"random": random_weights(args.resnet)}
     if args.weights != "random":
         try:
             given = read_weights(args.weights, args.trust, args.prefix, args.input)
         except (OSError, ValueError) as error:
             stage.leave(f"{args.weights}: {error}")
-        random = found["random"]._replace(resnet=given.resnet)
+        random = random_weights(given.resnet)
         found = {"random": random, "given": given} if args.knn else {"given": given}
     nets = torch.nn.ModuleDict({name: make_net(weights, args.seed) for name, weights in found.items()})
     nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -149,10 +142,9 @@ def main(rank, device, args, train, val, data_digest):
             num_workers=args.workers, pin_memory=args.device == "cuda",
             multiprocessing_context="fork" if args.workers else None)
         for batch, part, x in zip(batches, parts, loader):
-            x = x.to(device, non_blocking=True).float() / 255
-            x = ((x.flip(1) if net.is_bgr else x) - net.pixels[0]) / net.pixels[1]
+            x = x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                features = net(x.contiguous(memory_format=torch.channels_last)).float().cpu()
+                features = net(x).float().cpu()
             features = stage.gather_objects(features[:len(part)])       # for an empty part one was loaded
             yield batch.to(device), torch.cat(features).to(device)
 

@@ -8,6 +8,9 @@ so there are three protocols, and a random net beside the given one. Under `full
 padding tells the place: a random net beats trained ones with every readout that was tried, and scores 99 with
 most (docs/results). `reflect` with few steps of plain SGD comes nearest to the paper's claim; many steps find
 what is left of the border. Compare weights under one protocol and one readout only.
+
+`swap` trains nothing and measures the paper's reason for pasting (Sec. 4.1): each image, pasted at one place
+on two backgrounds, should have the same RoI feature. swap.png shows on which pixels the feature depends.
 """
 import argparse
 import json
@@ -18,15 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.utils import draw_bounding_boxes, save_image
 
 import stage
-from insloc import C4Encoder, FPNEncoder, generator_for, read_image
-from weights import INPUTS, RESNETS, Weights, read_weights
+from insloc import C4Encoder, FPNEncoder, generator_for, paste, read_image
+from weights import RESNETS, Pixels, add_weights_arguments, load_trunk, random_weights, read_weights
 
 PAPER = {"SwAV": 58.4, "BYOL": 67.6, "MoCo-v2": 71.9, "InsLoc": 74.2}           # Table 3a, Loc: R50-C4, 3x3
 PROTOCOLS = ["full",        # one forward pass of the image, its cells as boxes
              "reflect",     # the same, every convolution padding by reflection: a border without zeros
-             "alone"]       # every cell cut out and seen by itself: content alone
+             "alone",       # every cell cut out and seen by itself: content alone
+             "swap"]        # no cells: an image pasted at one place on two backgrounds
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]       # the paper names none: a held-out tenth chooses
 
 
@@ -38,19 +43,17 @@ def get_args(argv=None):
     add("--arch", choices=["c4", "fpn"], default="c4", help="whose RoI features [paper 5.2: R50-C4]")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="[paper 5.2: full; ours: all]")
     add("--grid", type=int, default=3, help="cells a side [paper 5.2: M = 9]")
-    add("--train-images", type=int, default=5000, help="at most; more are a stronger readout [ours: weak]")
+    add("--train-images", type=int, default=5000, help="at most; `swap`: of val [ours: a weak readout]")
     add("--epochs", type=int, default=10, help="of the linear layers, cosine [ours: 180 steps, weak]")
     add("--image-size", type=int, default=224, help="side of the centre crop, out of 8/7 of it [MoCo v2]")
     add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
-    add("--input", choices=INPUTS, default="imagenet", help="the pixels WEIGHTS know [ours: most files']")
-    add("--prefix", help="the place in WEIGHTS to take [ours: the only one with a whole trunk]")
-    add("--trust", action="store_true", help="let WEIGHTS run code, as a pickle does [ours: off]")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
+    add_weights_arguments(parser)
     stage.add_machine_arguments(parser, "runs/loc_WEIGHTS")
     args = parser.parse_args(argv)
     stage.check_machine_arguments(parser, args)
-    if args.epochs < 1 or args.train_images < max(2, args.world):
-        parser.error("--epochs must be at least 1, --train-images 2, and one for each process")
+    if args.epochs < 1 or args.train_images < max(4, args.world):
+        parser.error("--epochs must be at least 1, --train-images 4, and one for each process")
     if args.grid < 2 or args.image_size % 32 or args.image_size < max(64, 8 * args.grid):
         parser.error("--grid must be at least 2, --image-size a multiple of 32 from 64 on, cells of 8 pixels")
     args.out = args.out or "runs/loc_" + os.path.basename(os.path.abspath(args.weights)).split(".")[0]
@@ -64,8 +67,8 @@ def find_data(args):
     for split in ("train", "val"):
         folder = os.path.join(args.data, split)
         names = stage.find_images(folder)
-        if len(names) < max(2, args.world):
-            stage.fail(f"{folder} has {len(names)} images; needed are two, and one for each process")
+        if len(names) < max(4, args.world):
+            stage.fail(f"{folder} has {len(names)} images; needed are four, and one for each process")
         paths.append([os.path.join(folder, os.fsdecode(name)) for name in names])
         all_names += [split.encode(), *names]
     return *paths, stage.digest(all_names)
@@ -77,21 +80,41 @@ def grid_boxes(size, grid=3):
     return torch.stack([edge[[x, y, x + 1, y + 1]] for y in range(grid) for x in range(grid)])
 
 
-class Cells(torch.utils.data.Dataset):
-    """An image under a protocol: uint8 (1, 3, S, S) and M boxes (1, M, 4); `alone`: M cells (M, 3, s, s), a
-    box each (M, 1, 4). Cells are not resampled: where only some are, the blur tells them apart."""
+class Views(torch.utils.data.Dataset):
+    """An image under a protocol: P pictures, uint8 (P, 3, h, w), and M boxes of each (P, M, 4).
 
-    def __init__(self, paths, protocol, size, grid):
-        self.paths, self.protocol, self.size, self.grid = paths, protocol, size, grid
+    `full`, `reflect`: the image, its cells. `alone`: a picture for each cell, not resampled: where only some
+    are, the blur tells them apart. `swap`: the image as a box, of sides U{S / 2..3 S / 4}, on two others.
+    Images 2 i and 2 i + 1 share backgrounds, place and size.
+    """
 
-    def __getitem__(self, index):
+    def __init__(self, paths, protocol, args):
+        self.paths, self.protocol = paths, protocol
+        self.size, self.grid, self.seed = args.image_size, args.grid, args.seed
+
+    def read(self, index):
+        """The centre crop of an image, uint8 (3, S, S)."""
         try:
             image = read_image(self.paths[index])
         except Exception as error:              # decoders fail in many ways; an accuracy of the rest misleads
             raise OSError(f"{self.paths[index]} cannot be read: {stage.last_line(error)}") from None
         longest = 4 * min(image.shape[1:])      # a long strip, resized as a whole, would take gigabytes
         image = center_crop(image, [min(side, longest) for side in image.shape[1:]])
-        image = center_crop(resize(image, [self.size * 8 // 7]), [self.size, self.size])    # 224 out of 256
+        return center_crop(resize(image, [self.size * 8 // 7]), [self.size, self.size])     # 224 out of 256
+
+    def __getitem__(self, index):
+        image = self.read(index)
+        if self.protocol == "swap":
+            pair = index // 2
+            generator = generator_for(self.seed, "swap", pair)
+            draw = lambda low, high: torch.randint(low, high + 1, (), generator=generator).item()
+            h, w = (draw(self.size // 2, self.size * 3 // 4) for _ in range(2))
+            top, left = draw(0, self.size - h), draw(0, self.size - w)
+            others = torch.randperm(len(self.paths) - 2, generator=generator)[:2]
+            others += 2 * (others >= 2 * pair)                              # neither image of this pair
+            pasted = [paste(self.read(other), resize(image, [h, w]), top, left) for other in others]
+            composites, boxes = zip(*pasted)
+            return torch.stack(composites), torch.stack(boxes)[:, None]
         boxes = grid_boxes(self.size, self.grid)
         if self.protocol == "alone":
             side = self.size // self.grid
@@ -101,17 +124,21 @@ class Cells(torch.utils.data.Dataset):
 
 
 def make_net(weights, args):
-    """The encoder of these weights; what they lack is random. pixels (2, 3, 1, 1): their mean, std."""
+    """The encoder of these weights, with the pixels that it knows. What the weights lack is random."""
     torch.manual_seed(args.seed)
-    net = FPNEncoder(weights.resnet) if args.arch == "fpn" else C4Encoder(weights.resnet)
-    net.resnet.load_state_dict(weights.backbone or net.resnet.state_dict())
+    roi_size = min(14, args.image_size // 16)                   # as pretrain.py chooses it
+    net = FPNEncoder(weights.resnet) if args.arch == "fpn" else C4Encoder(weights.resnet, roi_size=roi_size)
+    load_trunk(net.resnet, weights)
     net.load_state_dict(weights.extras, strict=False)           # those of an FPN mean nothing to a C4Encoder
-    for block in net.modules():
-        if weights.stride_in_1x1 and hasattr(block, "conv3"):                           # a bottleneck
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    net.register_buffer("pixels", torch.tensor([weights.pixel_mean, weights.pixel_std])[:, :, None, None])
-    net.is_bgr = weights.channel_order == "BGR"
+    net.pixels = Pixels(weights)
     return net
+
+
+def pad_by(net, mode):
+    """Makes every convolution pad by "zeros" or "reflect"."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = mode
 
 
 def train_heads(features, rates, epochs, generator, batch_size=256):
@@ -141,18 +168,63 @@ def confusion(features, head):
     return 100 * F.one_hot(guess, features.shape[1]).double().mean(dim=0)
 
 
+def pixel_energy(features, images, keys):
+    """How much features (N, D) depend on each pixel of images (N, 3, S, S) that require grad: (N, S, S).
+
+    It is the squared gradient of features . v, v a random direction by key. Its mean over directions is the
+    squared norm of the Jacobian, |d features / d pixel|^2.
+    """
+    v = torch.stack([torch.randn(features.shape[1], generator=generator_for(*key)) for key in keys])
+    product = (features * v.to(features.device)).sum()
+    gradient, = torch.autograd.grad(product, images, retain_graph=True)
+    return gradient.square().sum(dim=1)
+
+
+def share_inside(energy, boxes):
+    """Energy (N, S, S), boxes (N, 4) of whole pixels -> the part of it that lies in the box (N,)."""
+    centres = torch.arange(energy.shape[1], device=energy.device) + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)
+    rows, columns = (y1 < centres) & (centres < y2), (x1 < centres) & (centres < x2)            # (N, S)
+    return (energy * rows[:, :, None] * columns[:, None]).sum(dim=(1, 2)) / energy.sum(dim=(1, 2))
+
+
+def swap_scores(features):
+    """Features (N, 2, D) of N images on two backgrounds. Images 2 i and 2 i + 1 share both, and the place."""
+    a, b = F.normalize(features - features.mean(dim=0), dim=2).unbind(dim=1)
+    found = (a @ b.T).argmax(dim=1) == torch.arange(len(a), device=a.device)
+    shared = torch.cat([(x[0::2] * x[1::2]).sum(dim=1) for x in (a, b)])
+    return {"same_instance": (a * b).sum(dim=1).mean().item(), "same_background": shared.mean().item(),
+            "top1": 100 * found.double().mean().item()}
+
+
+def draw_swap(nets, views, path):
+    """Two images, each on two backgrounds; below them a row for each net: where its box's feature looks."""
+    images, boxes = (torch.cat(parts) for parts in zip(views[0], views[1]))         # (4, 3, S, S), (4, 1, 4)
+    rows = [images]
+    for net in nets.values():
+        pad_by(net, "zeros")
+        x = net.pixels(images.to(net.pixels.mean.device)).requires_grad_()
+        features = net.features(x, boxes.to(x.device)).flatten(1)
+        energy = sum(pixel_energy(features, x, [("draw", t, i) for i in range(4)]) for t in range(16))
+        energy = F.avg_pool2d(energy[:, None], 4)                       # strides leave a pattern of squares
+        energy = F.interpolate(energy / energy.amax(dim=(2, 3), keepdim=True), scale_factor=4)
+        rows.append((255 * energy.sqrt()).byte().cpu().expand(-1, 3, -1, -1))
+    cells = zip(torch.cat(rows), boxes.repeat(len(rows), 1, 1))
+    save_image([draw_bounding_boxes(cell, box, colors="red") / 255 for cell, box in cells], path, nrow=4)
+
+
 def main(rank, device, args, train, val, data_digest):
     say = print if rank == 0 else lambda *given, **more: None
     digest = lambda net: stage.digest(x.cpu().numpy().tobytes() for x in net.state_dict().values())
 
     # ---- the frozen nets: a random one, and beside it the given one
-    found = {"random": Weights({}, {}, args.resnet, "random init", *INPUTS["imagenet"], ())}
+    found = {"random": random_weights(args.resnet)}
     if args.weights != "random":
         try:
             found["given"] = read_weights(args.weights, args.trust, args.prefix, args.input)
         except (OSError, ValueError) as error:
             stage.leave(f"{args.weights}: {error}")
-        found["random"] = found["random"]._replace(resnet=found["given"].resnet)
+        found["random"] = random_weights(found["given"].resnet)
     nets = nn.ModuleDict({name: make_net(weights, args) for name, weights in found.items()})
     nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -163,43 +235,64 @@ def main(rank, device, args, train, val, data_digest):
     stage.check_ranks({**settings, "lines done": len(lines)})
     subset = torch.randperm(len(train), generator=generator_for(args.seed, "subset"))[:args.train_images]
     held_out = max(1, round(len(subset) / 10))
+    chosen = torch.randperm(len(val), generator=generator_for(args.seed, "swap"))[:args.train_images]
+    swapped = [val[i] for i in chosen[:len(chosen) // 2 * 2]]                   # an even number: pairs
     sources = {name: f"{weights.source}, {len(weights.extras)} tensors of an FPN's neck and box head"
                for name, weights in found.items()}
     say(f"{sources}; {len(subset)} train, {len(val)} val images; {args.world} x {args.device}", flush=True)
 
     def encode(net, paths, protocol, indices):
-        """RoI features (N, M, D) of the M cells of N images, on every rank; each encodes a part of them."""
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.padding_mode = "reflect" if protocol == "reflect" else "zeros"
+        """RoI features (N, M, D) of N images, on every rank; each encodes a part of them.
+
+        M are the cells, or under `swap` the backgrounds. Then also (N, M, 2): the box's share of the
+        gradient's energy, and of the area.
+        """
+        pad_by(net, "reflect" if protocol == "reflect" else "zeros")
+        own = indices.tensor_split(args.world)[rank]
         loader = torch.utils.data.DataLoader(
-            Cells(paths, protocol, args.image_size, args.grid), batch_size=32,
-            sampler=indices.tensor_split(args.world)[rank].tolist(), num_workers=args.workers,
+            Views(paths, protocol, args), batch_size=32, sampler=own.tolist(), num_workers=args.workers,
             pin_memory=args.device == "cuda", multiprocessing_context="fork" if args.workers else None)
-        parts = []
-        for images, boxes in loader:                            # (n, P, 3, h, w), (n, P, M / P, 4)
-            x = images.flatten(0, 1).to(device, non_blocking=True).float() / 255
-            x = ((x.flip(1) if net.is_bgr else x) - net.pixels[0]) / net.pixels[1]
+        parts, shares = [], []
+        for batch, (images, boxes) in zip(own.split(32), loader):       # (n, P, 3, h, w), (n, P, M / P, 4)
+            x = net.pixels(images.flatten(0, 1).to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_(protocol == "swap")
             boxes = boxes.flatten(0, 1).to(device, non_blocking=True)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-                features = net.features(x.contiguous(memory_format=torch.channels_last), boxes)
-            parts.append(features.flatten(1).float().unflatten(0, (len(images), -1)))
-        return torch.cat(stage.gather_objects(torch.cat(parts).cpu())).to(device)
+            with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                features = net.features(x, boxes).flatten(1)
+            if protocol == "swap":
+                keys = [(args.seed, "direction", index) for index in batch.repeat_interleave(2).tolist()]
+                energy = pixel_energy(features, x, keys)
+                both = [share_inside(part, boxes[:, 0]) for part in (energy, torch.ones_like(energy))]
+                shares.append(torch.stack(both, dim=1).view(len(images), 2, 2))
+            parts.append(features.detach().float().view(len(images), images.shape[1] * boxes.shape[1], -1))
+        gather = lambda parts: torch.cat(stage.gather_objects(torch.cat(parts).cpu())).to(device)
+        features = gather(parts)
+        if not features.isfinite().all():
+            stage.leave("the weights give features that are not finite")
+        return features, gather(shares) if shares else None
+
+    def locate(net, protocol):
+        """Features once, then linear layers on them, the same on all ranks; a held-out tenth chooses one."""
+        features, _ = encode(net, train, protocol, subset)
+        heads = train_heads(features[held_out:], RATES, args.epochs, generator_for(args.seed, "heads"))
+        best = max(range(len(RATES)), key=lambda i: confusion(features[:held_out], heads[i]).trace())
+        features, _ = encode(net, val, protocol, torch.arange(len(val)))
+        table = confusion(features, heads[best])                                                     # (M, M)
+        return {"top1": table.diag().mean().item(), "lr": RATES[best], "confusion": table.tolist()}
+
+    def swap(net):
+        features, shares = encode(net, swapped, "swap", torch.arange(len(swapped)))
+        shares = dict(zip(("gradient_inside", "area_inside"), shares.mean(dim=(0, 1)).tolist()))
+        return {**swap_scores(features), **shares, "images": len(swapped)}
 
     for protocol in args.protocol:
         for name, net in nets.items():
             if any(line["protocol"] == protocol and line["net"] == name for line in lines):
                 continue                                        # done before the run was stopped
-            # ---- features once, then linear layers on them, the same on all ranks
-            features = encode(net, train, protocol, subset)
-            if not features.isfinite().all():
-                stage.leave(f"{name} weights give features that are not finite")
-            heads = train_heads(features[held_out:], RATES, args.epochs, generator_for(args.seed, "heads"))
-            best = max(range(len(RATES)), key=lambda i: confusion(features[:held_out], heads[i]).trace())
-            table = confusion(encode(net, val, protocol, torch.arange(len(val))), heads[best])   # (M, M)
-            lines.append({"protocol": protocol, "net": name, "top1": table.diag().mean().item(),
-                          "lr": RATES[best], "confusion": table.tolist()})
-            say(f"{protocol:8} {name:7} {lines[-1]['top1']:6.2f} %", flush=True)
+            result = swap(net) if protocol == "swap" else locate(net, protocol)
+            lines.append({"protocol": protocol, "net": name, **result})
+            numbers = [f"{key} {value:.4g}" for key, value in result.items() if key != "confusion"]
+            say(f"{protocol:8} {name:7}", ", ".join(numbers), flush=True)
             if rank == 0:
                 stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
 
@@ -210,6 +303,8 @@ def main(rank, device, args, train, val, data_digest):
         text = json.dumps({"lines": lines, "chance": 100 / args.grid ** 2, "paper": PAPER, "sources": sources,
                            "settings": settings, "commit": stage.commit()}, indent=1)
         stage.write_atomically(f"{args.out}/results.json", lambda f: f.write(text.encode()))
+        if "swap" in args.protocol:
+            draw_swap(nets, Views(swapped, "swap", args), f"{args.out}/swap.png")
     say(f"chance {100 / args.grid ** 2:.1f}; paper, Table 3a, R50-C4: {PAPER}; wrote {args.out}/results.json")
 
 

@@ -48,10 +48,14 @@ def fail(message):
 
 
 def kill_workers():
-    """Ends this process's loader workers, which as orphans might wait for ever."""
+    """Ends this process's loader workers, which as orphans might wait for ever.
+
+    A signal may come when one is forked and multiprocessing does not know it yet; Linux does.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
-    for worker in mp.active_children():
-        worker.kill()
+    with open("/proc/thread-self/children") as children:
+        for worker in children.read().split():
+            os.kill(int(worker), signal.SIGKILL)
 
 
 def leave(message, status=1):
@@ -173,11 +177,14 @@ def start_processes(count, job):
 def run(rank, rendezvous, main, args, prepared):
     """main in this process, with its device, the lock on --out and the process group."""
     def stop(number, frame):                # until a stage takes the signals itself, to save first
+        if not next(first, False):          # Ctrl-C reaches all processes, and start_processes hands it on
+            return
         if rank == 0 and os.getpid() == process:                    # a loader worker inherits this
             print(f"stopped by {signal.Signals(number).name}; {GO_ON}", file=sys.stderr, flush=True)
         kill_workers()
         os._exit(128 + number)
 
+    first = iter([True])                    # next() cannot be interrupted, as a test and a change can
     process = os.getpid()
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
@@ -198,15 +205,15 @@ def run(rank, rendezvous, main, args, prepared):
                 fail(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
         main(rank, device, args, *prepared)
-    except (OSError, FloatingPointError) as error:
-        fail(f"{last_line(error)}; {GO_ON}")        # a loader worker's comes with its traceback
-    except (MemoryError, RuntimeError) as error:    # torch has no classes of its own for two of these
+    except (MemoryError, ConnectionError, RuntimeError) as error:   # torch has no classes for two of these
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             fail(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
-        if "DataLoader worker" in str(error):
-            fail(f"{last_line(error)[:150]}; if memory or /dev/shm is short, take fewer --workers or 0, or "
-                 f"docker's --shm-size; {GO_ON}")
+        if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+            fail(f"a DataLoader worker is gone: {last_line(error)[:150]}; if memory or /dev/shm is short, "
+                 f"take fewer --workers or 0, or docker's --shm-size; {GO_ON}")
         raise
+    except (OSError, FloatingPointError) as error:
+        fail(f"{last_line(error)}; {GO_ON}")        # a loader worker's comes with its traceback
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -54,11 +54,45 @@ class Weights(NamedTuple):
     dropped: tuple          # the file's own names of the tensors that are neither trunk nor extras
 
 
+def random_weights(resnet="resnet50", input="imagenet"):
+    """Weights without a tensor: what they are loaded into keeps its random init."""
+    return Weights({}, {}, resnet, "random init", *INPUTS[input], ())
+
+
+class Pixels(torch.nn.Module):
+    """uint8 RGB images (N, 3, H, W) -> the input that these weights know, float32."""
+    def __init__(self, weights):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(weights.pixel_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(weights.pixel_std)[:, None, None])
+        self.is_bgr = weights.channel_order == "BGR"
+
+    def forward(self, images):
+        images = images.float() / 255
+        return ((images.flip(1) if self.is_bgr else images) - self.mean) / self.std
+
+
+def load_trunk(resnet, weights):
+    """The trunk into torchvision's ResNet, with the strides that the weights were trained with."""
+    resnet.load_state_dict(weights.backbone or resnet.state_dict())
+    for block in resnet.modules():
+        if weights.stride_in_1x1 and hasattr(block, "conv3"):           # a bottleneck
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+
+
 class Ignored:
     """Stands for options and NumPy's numbers. NumPy's own classes would let a file follow any pointer."""
     def __init__(self, *arguments):
         pass
     __setstate__ = __init__
+
+
+def add_weights_arguments(parser):
+    """--input, --prefix, --trust: how to read WEIGHTS."""
+    add = parser.add_argument
+    add("--input", choices=INPUTS, default="imagenet", help="the pixels WEIGHTS know [ours: most files']")
+    add("--prefix", help="the place in WEIGHTS to take [ours: the only one with a whole trunk]")
+    add("--trust", action="store_true", help="let WEIGHTS run code, as a pickle does [ours: off]")
 
 
 def read_file(path, trust=False):

@@ -25,8 +25,9 @@ pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
 # The lines that wait on purpose: two of a log line, and one that copies what a checkpoint holds.
 LOG = ("*losses, acc_queue, acc_batch = ", '"queue_filled": queue.filled.item()')
 SAVE = ("value = value.cpu()",)
-# A probe's encoding loop takes each batch's features to the CPU, and probe_cls.py those of all ranks back.
-PROBES = (".cpu()", "yield batch.to(device), torch.cat(features).to(device)")
+# A probe's encoding loop takes each batch's features to the CPU, and probe_cls.py those of all ranks back;
+# the directions of swap's gradients are drawn on the CPU.
+PROBES = (".cpu()", "yield batch.to(device), torch.cat(features).to(device)", "v.to(features.device)")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def run_probe(probe, line, folder, **replaced):
     (probe_loc, "--arch c4 --epochs 1"), (probe_loc, "--arch fpn --epochs 1 --precision bf16")])
 def test_the_probes_encode_without_waits_but_for_taking_the_features(probe, line, tmp_path):
     gpu = run_probe(probe, line, tmp_path, save_checkpoint=lambda *_: None)
-    assert {function for _, function, _ in gpu.waited} == ({"encode"} if probe is probe_cls else set())
+    assert {function for _, function, _ in gpu.waited} == {"encode" if probe is probe_cls else "pixel_energy"}
 
 
 def test_what_a_probe_saves_lies_on_the_cpu(tmp_path):

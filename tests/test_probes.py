@@ -1,4 +1,5 @@
 """The probes against networks of which the answer is known, and against second implementations."""
+import argparse
 import csv
 import json
 import os
@@ -124,7 +125,7 @@ class MeanColour(nn.Sequential):
 class KnowsPlace(nn.Module):
     """In the place of C4Encoder: features are the centre of the box, softly encoded, nothing else."""
 
-    def __init__(self, resnet):
+    def __init__(self, resnet, roi_size=14):
         super().__init__()
         self.resnet = nn.Identity()
 
@@ -197,6 +198,72 @@ def test_place_stays_at_chance_where_it_cannot_be_known(world, tmp_path, monkeyp
         assert np.array(line["confusion"]).sum(axis=1) == pytest.approx(100)
 
 
+class SeesBox(KnowsPlace):
+    """Features are the box's pixels, on average over 4 x 4 parts of it."""
+
+    def features(self, images, boxes):
+        cells = [F.adaptive_avg_pool2d(image[:, y1:y2, x1:x2], 4)
+                 for image, ((x1, y1, x2, y2),) in zip(images, boxes.int().tolist())]
+        return torch.stack(cells).flatten(1)[:, None]
+
+
+class SeesCanvas(KnowsPlace):
+    """Features are the whole picture's, wherever the box is."""
+
+    def features(self, images, boxes):
+        return F.adaptive_avg_pool2d(images, 4).flatten(1)[:, None]
+
+
+class SeesRest(KnowsPlace):
+    """Features are what the box leaves of the picture."""
+
+    def features(self, images, boxes):
+        rest = torch.ones_like(images)
+        for mask, ((x1, y1, x2, y2),) in zip(rest, boxes.int().tolist()):
+            mask[:, y1:y2, x1:x2] = 0
+        return F.adaptive_avg_pool2d(images * rest, 4).flatten(1)[:, None]
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory):
+    """61 validation images of 4 x 4 random colours each, in two folders."""
+    folder = tmp_path_factory.mktemp("patterns")
+    colours = torch.randint(256, (61, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    for split, count in (("train", 4), ("val", 61)):
+        os.makedirs(folder / split)
+        for i in range(count):
+            image = colours[i].repeat_interleave(20, dim=1).repeat_interleave(20, dim=2)
+            torchvision.io.write_png(image, os.path.join(folder, split, f"{i}.png"))
+    return folder
+
+
+def swap(net, data, out, monkeypatch, *more):
+    monkeypatch.setattr(probe_loc, "C4Encoder", net)
+    argv = ["--image-size", 64, "--protocol", "swap", *more, "--out", out]
+    return probe(probe_loc, "random", data, *argv)["lines"][0]
+
+
+def test_swap_tells_who_sees_its_box_alone(patterns, tmp_path, monkeypatch):
+    box, canvas, rest = (swap(net, patterns, tmp_path / net.__name__, monkeypatch)
+                         for net in (SeesBox, SeesCanvas, SeesRest))
+    assert {box["images"], canvas["images"], rest["images"]} == {60}                # pairs: one is left out
+    assert box["same_instance"] == pytest.approx(1) and abs(box["same_background"]) < 0.1
+    assert box["top1"] == 100 and box["gradient_inside"] == 1
+    assert 0.1 < canvas["same_instance"] < 0.9 and canvas["same_background"] > 0.2
+    assert canvas["gradient_inside"] == pytest.approx(canvas["area_inside"], abs=0.02)
+    assert 0.3 < canvas["area_inside"] < 0.5                                        # .39 on average
+    assert abs(rest["same_instance"]) < 0.2 and rest["same_background"] > 0.95
+    assert rest["top1"] < 10 and rest["gradient_inside"] == 0
+
+
+def test_swap_is_repeated_by_its_seed_and_draws_its_nets(patterns, tmp_path, monkeypatch):
+    seeds = [swap(SeesCanvas, patterns, tmp_path / str(i), monkeypatch, "--seed", seed, "--train-images", 20)
+             for i, seed in enumerate((0, 0, 1))]
+    assert seeds[0] == seeds[1] != seeds[2] and seeds[0]["images"] == 20
+    picture = torchvision.io.read_image(os.path.join(tmp_path, "0", "swap.png"))
+    assert picture.shape == (3, 2 * 66 + 2, 4 * 66 + 2)                             # composites, one net
+
+
 def test_place_stays_at_chance_where_cells_are_shuffled():
     """Features that say all, each image's cells in random order; of 900 four deviations are 4.2 %."""
     generator = torch.Generator().manual_seed(0)
@@ -219,6 +286,10 @@ def test_padding_alone_tells_a_random_net_the_place(tmp_path):
 
 # ---- Parts against second implementations ----------------------------------------------------------------
 
+def views(paths, protocol, size):
+    return probe_loc.Views(paths, protocol, argparse.Namespace(image_size=size, grid=3, seed=0))
+
+
 @pytest.mark.parametrize("size, grid", [(224, 3), (65, 3), (128, 3), (50, 4), (97, 7), (64, 2)])
 def test_cells_tile_the_image(size, grid):
     boxes = probe_loc.grid_boxes(size, grid)
@@ -235,16 +306,71 @@ def test_cells_tile_the_image(size, grid):
 @pytest.mark.parametrize("size", [64, 96])
 def test_cells_show_the_image_where_the_protocol_says(world, size):
     path = os.path.join(world, "val", "class1", "5.png")
-    image, boxes = probe_loc.Cells([path], "full", size, 3)[0]
+    image, boxes = views([path], "full", size)[0]
     assert image.shape == (1, 3, size, size) and image.dtype == torch.uint8
     assert torch.equal(boxes, probe_loc.grid_boxes(size, 3)[None])
-    cells, boxes = probe_loc.Cells([path], "alone", size, 3)[0]
+    cells, boxes = views([path], "alone", size)[0]
     side = size // 3
     assert torch.equal(boxes, torch.tensor([0.0, 0, side, side]).expand(9, 1, 4))
     for i, cell in enumerate(cells):
         top = int(size * (i // 3) / 3 + 1e-4)
         left = int(size * (i % 3) / 3 + 1e-4)
         assert torch.equal(cell, image[0, :, top:top + side, left:left + side])
+
+
+def test_swap_pastes_an_image_on_two_others_where_its_twin_is_pasted(patterns):
+    paths = [str(patterns / "val" / f"{i}.png") for i in range(10)]
+    dataset = views(paths, "swap", 64)
+    squares = [views(paths, "full", 64)[i][0][0] for i in range(10)]
+    places = []
+    for pair in range(5):
+        (first, boxes), (second, other_boxes) = dataset[2 * pair], dataset[2 * pair + 1]
+        assert torch.equal(boxes, other_boxes) and torch.equal(boxes[0], boxes[1])
+        assert first.shape == (2, 3, 64, 64) and first.dtype == torch.uint8 and boxes.shape == (2, 1, 4)
+        x1, y1, x2, y2 = boxes[0, 0].int().tolist()
+        places.append((x1, y1))
+        assert 0 <= x1 and 0 <= y1 and x2 <= 64 and y2 <= 64
+        assert 32 <= x2 - x1 <= 48 and 32 <= y2 - y1 <= 48
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        outside[y1:y2, x1:x2] = False
+        backgrounds = []
+        for composite in (*first, *second):
+            fits = [i for i in range(10) if torch.equal(squares[i][:, outside], composite[:, outside])]
+            assert len(fits) == 1
+            backgrounds += fits
+        assert backgrounds[:2] == backgrounds[2:] and len({*backgrounds, 2 * pair, 2 * pair + 1}) == 4
+        for i, composites in ((2 * pair, first), (2 * pair + 1, second)):
+            instance = torchvision.transforms.v2.functional.resize(squares[i], [y2 - y1, x2 - x1])
+            for composite in composites:
+                assert torch.equal(composite[:, y1:y2, x1:x2], instance)
+    assert len(set(places)) > 1
+
+
+def test_swap_scores_and_shares_against_loops():
+    features = torch.randn(12, 2, 5, generator=torch.Generator().manual_seed(0)) + torch.randn(2, 5)
+    sets = features.double().numpy() - features.double().numpy().mean(axis=0)
+    sets /= np.linalg.norm(sets, axis=2, keepdims=True)
+    cosine = lambda i, s, j, t: sum(sets[i, s] * sets[j, t])
+    same = np.mean([cosine(i, 0, i, 1) for i in range(12)])
+    leak = np.mean([cosine(i, s, i + 1, s) for i in range(0, 12, 2) for s in (0, 1)])
+    found = [max(range(12), key=lambda j: cosine(i, 0, j, 1)) == i for i in range(12)]
+    assert probe_loc.swap_scores(features) == pytest.approx(
+        {"same_instance": same, "same_background": leak, "top1": 100 * np.mean(found)}, abs=1e-5)
+    energy, boxes = torch.rand(3, 9, 9), torch.tensor([[0, 0, 9, 9], [2, 3, 7, 5], [8, 0, 9, 9]])
+    for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        inside = sum(energy[i, y, x].item() for y in range(y1, y2) for x in range(x1, x2))
+        share = probe_loc.share_inside(energy, boxes.float())[i].item()
+        assert share == pytest.approx(inside / energy[i].sum().item())
+
+
+def test_the_energy_of_a_pixel_is_its_column_of_the_jacobian():
+    """On average over directions, here for a linear network whose Jacobian is its matrix."""
+    matrix = torch.randn(6, 3 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 4, 4, requires_grad=True)
+    features = images.flatten(1) @ matrix.T
+    energy = sum(probe_loc.pixel_energy(features, images, [("test", t)]) for t in range(2000))[0] / 2000
+    expected = matrix.square().sum(dim=0).view(3, 4, 4).sum(dim=0)
+    assert (energy / expected - 1).abs().max() < 0.15
 
 
 def test_reflection_replaces_every_zero_and_is_undone(tmp_path, monkeypatch):
@@ -360,7 +486,7 @@ def test_views_are_mocos(shape, tmp_path):
         return (a.int() - torch.from_numpy(np.array(b)).permute(2, 0, 1).int()).abs().max() <= 1    # rounding
 
     assert same(images[-1, 0], centre(image))
-    assert torch.equal(images[-1, 0], probe_loc.Cells([path], "full", 224, 3)[0][0][0])
+    assert torch.equal(images[-1, 0], views([path], "full", 224)[0][0][0])
     for epoch in range(6):
         torch.manual_seed(insloc.generator_for(4, "sample", epoch, 0).initial_seed())
         expected = random(image)
@@ -378,7 +504,7 @@ def test_long_strips_cost_no_gigabytes(tmp_path):
     started = time.perf_counter()
     centre = images[-1, 0]
     assert images[0, 0].shape == (3, 224, 224)
-    assert torch.equal(centre, probe_loc.Cells([path], "full", 224, 3)[0][0][0])
+    assert torch.equal(centre, views([path], "full", 224)[0][0][0])
     assert time.perf_counter() - started < 1
     middle = F.interpolate(strip[None, :, :, 9996:10004], (256, 1024), mode="bilinear", antialias=True)[0]
     assert torch.equal(centre, middle[:, 16:240, 400:624])
@@ -438,9 +564,9 @@ def test_a_run_directory_is_read_with_its_trunk_neck_and_head(script, more, arch
     result = probe(script, tmp_path / "run", few, "--arch", arch, "--image-size", 64, *more,
                    "--out", tmp_path / "out")
     assert "narrow18" in result["sources"]["given"] and made.keys() == {"random", "given"}
-    prefix = "resnet." if script is probe_cls else ""
-    given, random = ({prefix + name: x for name, x in made[name].state_dict().items()}
-                     for name in ("given", "random"))
+    if script is probe_cls:
+        made = {name: nn.ModuleDict({"resnet": net[1]}) for name, net in made.items()}
+    given, random = made["given"].state_dict(), made["random"].state_dict()
     for name, x in net.state_dict().items():
         if name.startswith("resnet.") or script is probe_loc and not name.startswith("projector."):
             assert torch.equal(given[name], x), name
@@ -478,7 +604,7 @@ def test_the_given_net_gets_the_pixels_it_knows(script, kind, few, tmp_path, mon
     more = ["--knn", 1] if script is probe_cls else ["--protocol", "full"]
     probe(script, "file", few, "--image-size", 64, *more, "--out", tmp_path)
     path = os.path.join(few, "val", "class0", "0.png")
-    image = probe_loc.Cells([path], "full", 64, 3)[0][0][0] / 255
+    image = views([path], "full", 64)[0][0][0] / 255
     r, g, b = image
     expected = {"imagenet": torch.stack([(r - 0.485) / 0.229, (g - 0.456) / 0.224, (b - 0.406) / 0.225]),
                 "zero-one": image,
@@ -495,7 +621,7 @@ def test_a_caffe_net_strides_in_its_1x1(script):
     trunk = insloc.make_resnet("resnet50").state_dict()
     found = weights.Weights(trunk, {}, "resnet50", "", *weights.INPUTS["caffe"], ())
     if script is probe_cls:
-        net = script.make_net(found, 0).eval()
+        net = script.make_net(found, 0)[1].eval()
     else:
         net = script.make_net(found, script.get_args(["w", "d"])).resnet.eval()
     x = torch.randn(2, 256, 12, 12)

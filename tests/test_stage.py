@@ -189,7 +189,8 @@ def test_a_stage_that_saves_by_itself_is_stopped_with_one_line(photos, tmp_path,
                     launcher=(sys.executable, probe_cls.__file__))
     while not os.path.exists(out / "checkpoint.pth") and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, number)
+    for _ in range(3):                      # a second one must not be answered by a second line
+        os.killpg(process.pid, number)
     _, err = finish(process, 128 + number)
     assert err == f"stopped by {number.name}; --resume goes on from the last checkpoint\n"
 
