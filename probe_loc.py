@@ -4,10 +4,9 @@
 
 The RoI feature of each of an image's 3x3 cells (C4: RoIAlign on res4, res5, mean; FPN: box head on P2 to P5;
 no projector, which transfer drops) goes to one linear layer that names the cell. The paper says little more,
-so there are three protocols, and a random net beside the given one. Under `full`, the paper's words, zero
-padding tells the place: a random net beats trained ones with every readout that was tried, and scores 99 with
-most (docs/results). `reflect` with few steps of plain SGD comes nearest to the paper's claim; many steps find
-what is left of the border. Compare weights under one protocol and one readout only.
+so there are three protocols of it, and a random net beside the given one. Under `full`, the paper's words,
+zero padding tells the place, and a random net beats trained ones (docs/results). `reflect` takes the zeros
+away. Compare weights under one protocol and one readout only.
 
 `swap` trains nothing and measures the paper's reason for pasting (Sec. 4.1): each image, pasted at one place
 on two backgrounds, should have the same RoI feature. swap.png shows on which pixels the feature depends.
@@ -43,7 +42,8 @@ def get_args(argv=None):
     add("--arch", choices=["c4", "fpn"], default="c4", help="whose RoI features [paper 5.2: R50-C4]")
     add("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="[paper 5.2: full; ours: all]")
     add("--grid", type=int, default=3, help="cells a side [paper 5.2: M = 9]")
-    add("--train-images", type=int, default=5000, help="at most; `swap`: of val [ours: a weak readout]")
+    add("--train-images", type=int, default=5000, help="at most; more are a stronger readout [ours: weak]")
+    add("--swap-images", type=int, default=1000, help="of val, at most; even, at least 300 [ours: minutes]")
     add("--epochs", type=int, default=10, help="of the linear layers, cosine [ours: 180 steps, weak]")
     add("--image-size", type=int, default=224, help="side of the centre crop, out of 8/7 of it [MoCo v2]")
     add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
@@ -52,8 +52,8 @@ def get_args(argv=None):
     stage.add_machine_arguments(parser, "runs/loc_WEIGHTS")
     args = parser.parse_args(argv)
     stage.check_machine_arguments(parser, args)
-    if args.epochs < 1 or args.train_images < max(4, args.world):
-        parser.error("--epochs must be at least 1, --train-images 4, and one for each process")
+    if args.epochs < 1 or args.train_images < max(2, args.world) or args.swap_images <= max(3, args.world):
+        parser.error("--epochs must be at least 1, --train-images 2, --swap-images 4, one for each process")
     if args.grid < 2 or args.image_size % 32 or args.image_size < max(64, 8 * args.grid):
         parser.error("--grid must be at least 2, --image-size a multiple of 32 from 64 on, cells of 8 pixels")
     args.out = args.out or "runs/loc_" + os.path.basename(os.path.abspath(args.weights)).split(".")[0]
@@ -67,8 +67,8 @@ def find_data(args):
     for split in ("train", "val"):
         folder = os.path.join(args.data, split)
         names = stage.find_images(folder)
-        if len(names) < max(4, args.world):
-            stage.fail(f"{folder} has {len(names)} images; needed are four, and one for each process")
+        if len(names) <= max(3, args.world):
+            stage.fail(f"{folder} has {len(names)} images; needed are four, and more than processes")
         paths.append([os.path.join(folder, os.fsdecode(name)) for name in names])
         all_names += [split.encode(), *names]
     return *paths, stage.digest(all_names)
@@ -83,9 +83,9 @@ def grid_boxes(size, grid=3):
 class Views(torch.utils.data.Dataset):
     """An image under a protocol: P pictures, uint8 (P, 3, h, w), and M boxes of each (P, M, 4).
 
-    `full`, `reflect`: the image, its cells. `alone`: a picture for each cell, not resampled: where only some
-    are, the blur tells them apart. `swap`: the image as a box, of sides U{S / 2..3 S / 4}, on two others.
-    Images 2 i and 2 i + 1 share backgrounds, place and size.
+    `full`, `reflect`: the image, its cells. `alone`: a picture for each cell, not resampled, since resampling
+    some of them would blur these alone. `swap`: the image, pasted as a box of sides U{S / 2..3 S / 4} on two
+    others. Images 2 i and 2 i + 1 share backgrounds, place and size.
     """
 
     def __init__(self, paths, protocol, args):
@@ -172,11 +172,10 @@ def pixel_energy(features, images, keys):
     """How much features (N, D) depend on each pixel of images (N, 3, S, S) that require grad: (N, S, S).
 
     It is the squared gradient of features . v, v a random direction by key. Its mean over directions is the
-    squared norm of the Jacobian, |d features / d pixel|^2.
+    squared norm of the Jacobian, |d features / d pixel|^2. Frees the graph.
     """
     v = torch.stack([torch.randn(features.shape[1], generator=generator_for(*key)) for key in keys])
-    product = (features * v.to(features.device)).sum()
-    gradient, = torch.autograd.grad(product, images, retain_graph=True)
+    gradient, = torch.autograd.grad((features * v.to(features.device)).sum(), images)
     return gradient.square().sum(dim=1)
 
 
@@ -189,28 +188,42 @@ def share_inside(energy, boxes):
 
 
 def swap_scores(features):
-    """Features (N, 2, D) of N images on two backgrounds. Images 2 i and 2 i + 1 share both, and the place."""
-    a, b = F.normalize(features - features.mean(dim=0), dim=2).unbind(dim=1)
-    found = (a @ b.T).argmax(dim=1) == torch.arange(len(a), device=a.device)
-    shared = torch.cat([(x[0::2] * x[1::2]).sum(dim=1) for x in (a, b)])
-    return {"same_instance": (a * b).sum(dim=1).mean().item(), "same_background": shared.mean().item(),
-            "top1": 100 * found.double().mean().item()}
+    """Cosines of features (N, 2, D) of N images on two backgrounds; images 2 i and 2 i + 1 share both.
+
+    same_instance: an image on its two backgrounds. same_background: two images at one place on one background
+    (the leak). same_place: these two on different backgrounds, the part of the leak that place and size make.
+    top1: for which percentage of the images the nearest feature on another background is its own.
+    """
+    sets = F.normalize(features - features.mean(dim=0), dim=2)
+    a, b = sets.unbind(dim=1)
+    own = torch.arange(len(a), device=a.device)
+    twins = sets[0::2] @ sets[1::2].transpose(1, 2)             # (N / 2, 2, 2): by the backgrounds of the two
+    return {"same_instance": (a * b).sum(dim=1).mean().item(),
+            "same_background": twins.diagonal(dim1=1, dim2=2).mean().item(),
+            "same_place": twins.flip(2).diagonal(dim1=1, dim2=2).mean().item(),
+            "top1": 100 * ((a @ b.T).argmax(dim=1) == own).double().mean().item()}
 
 
 def draw_swap(nets, views, path):
-    """Two images, each on two backgrounds; below them a row for each net: where its box's feature looks."""
+    """Two images, each on two backgrounds; below them a row for each net: the pixels its feature depends on.
+
+    Brightness is the root of the energy, relative to the picture's largest.
+    """
     images, boxes = (torch.cat(parts) for parts in zip(views[0], views[1]))         # (4, 3, S, S), (4, 1, 4)
     rows = [images]
     for net in nets.values():
         pad_by(net, "zeros")
         x = net.pixels(images.to(net.pixels.mean.device)).requires_grad_()
-        features = net.features(x, boxes.to(x.device)).flatten(1)
-        energy = sum(pixel_energy(features, x, [("draw", t, i) for i in range(4)]) for t in range(16))
+        energy = 0
+        for t in range(16):
+            features = net.features(x, boxes.to(x.device)).flatten(1)
+            energy += pixel_energy(features, x, [("draw", t, i) for i in range(4)])
         energy = F.avg_pool2d(energy[:, None], 4)                       # strides leave a pattern of squares
         energy = F.interpolate(energy / energy.amax(dim=(2, 3), keepdim=True), scale_factor=4)
         rows.append((255 * energy.sqrt()).byte().cpu().expand(-1, 3, -1, -1))
-    cells = zip(torch.cat(rows), boxes.repeat(len(rows), 1, 1))
-    save_image([draw_bounding_boxes(cell, box, colors="red") / 255 for cell, box in cells], path, nrow=4)
+    frames = (boxes - torch.tensor([0, 0, 1, 1])).repeat(len(rows), 1, 1)           # a frame's last pixels
+    cells = [draw_bounding_boxes(*cell, colors="red") / 255 for cell in zip(torch.cat(rows), frames)]
+    save_image(cells, path, nrow=4)
 
 
 def main(rank, device, args, train, val, data_digest):
@@ -235,7 +248,7 @@ def main(rank, device, args, train, val, data_digest):
     stage.check_ranks({**settings, "lines done": len(lines)})
     subset = torch.randperm(len(train), generator=generator_for(args.seed, "subset"))[:args.train_images]
     held_out = max(1, round(len(subset) / 10))
-    chosen = torch.randperm(len(val), generator=generator_for(args.seed, "swap"))[:args.train_images]
+    chosen = torch.randperm(len(val), generator=generator_for(args.seed, "swap"))[:args.swap_images]
     swapped = [val[i] for i in chosen[:len(chosen) // 2 * 2]]                   # an even number: pairs
     sources = {name: f"{weights.source}, {len(weights.extras)} tensors of an FPN's neck and box head"
                for name, weights in found.items()}
@@ -244,8 +257,8 @@ def main(rank, device, args, train, val, data_digest):
     def encode(net, paths, protocol, indices):
         """RoI features (N, M, D) of N images, on every rank; each encodes a part of them.
 
-        M are the cells, or under `swap` the backgrounds. Then also (N, M, 2): the box's share of the
-        gradient's energy, and of the area.
+        M are the cells, or under `swap` the backgrounds. Then also (N, M, 2): the shares of the gradient's
+        energy, and of the area, that lie inside the box.
         """
         pad_by(net, "reflect" if protocol == "reflect" else "zeros")
         own = indices.tensor_split(args.world)[rank]
@@ -261,51 +274,53 @@ def main(rank, device, args, train, val, data_digest):
                 features = net.features(x, boxes).flatten(1)
             if protocol == "swap":
                 keys = [(args.seed, "direction", index) for index in batch.repeat_interleave(2).tolist()]
-                energy = pixel_energy(features, x, keys)
-                both = [share_inside(part, boxes[:, 0]) for part in (energy, torch.ones_like(energy))]
-                shares.append(torch.stack(both, dim=1).view(len(images), 2, 2))
+                energy = share_inside(pixel_energy(features, x, keys), boxes[:, 0])
+                area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
+                shares.append(torch.stack([energy, area], dim=1).view(len(images), 2, 2))
             parts.append(features.detach().float().view(len(images), images.shape[1] * boxes.shape[1], -1))
         gather = lambda parts: torch.cat(stage.gather_objects(torch.cat(parts).cpu())).to(device)
-        features = gather(parts)
-        if not features.isfinite().all():
-            stage.leave("the weights give features that are not finite")
-        return features, gather(shares) if shares else None
+        found = [gather(rows) for rows in (parts, shares) if rows]
+        if not all(rows.isfinite().all() for rows in found):
+            stage.leave("the weights give features, or gradients, that are not finite")
+        return found
 
     def locate(net, protocol):
         """Features once, then linear layers on them, the same on all ranks; a held-out tenth chooses one."""
-        features, _ = encode(net, train, protocol, subset)
+        features, = encode(net, train, protocol, subset)
         heads = train_heads(features[held_out:], RATES, args.epochs, generator_for(args.seed, "heads"))
         best = max(range(len(RATES)), key=lambda i: confusion(features[:held_out], heads[i]).trace())
-        features, _ = encode(net, val, protocol, torch.arange(len(val)))
+        features, = encode(net, val, protocol, torch.arange(len(val)))
         table = confusion(features, heads[best])                                                     # (M, M)
-        return {"top1": table.diag().mean().item(), "lr": RATES[best], "confusion": table.tolist()}
+        return {"top1": table.diag().mean().item(), "chance": 100 / args.grid ** 2, "lr": RATES[best],
+                "confusion": table.tolist()}
 
     def swap(net):
         features, shares = encode(net, swapped, "swap", torch.arange(len(swapped)))
         shares = dict(zip(("gradient_inside", "area_inside"), shares.mean(dim=(0, 1)).tolist()))
-        return {**swap_scores(features), **shares, "images": len(swapped)}
+        return {**swap_scores(features), "chance": 100 / len(swapped), **shares}
 
     for protocol in args.protocol:
         for name, net in nets.items():
-            if any(line["protocol"] == protocol and line["net"] == name for line in lines):
-                continue                                        # done before the run was stopped
-            result = swap(net) if protocol == "swap" else locate(net, protocol)
-            lines.append({"protocol": protocol, "net": name, **result})
-            numbers = [f"{key} {value:.4g}" for key, value in result.items() if key != "confusion"]
+            line = next((line for line in lines if (line["protocol"], line["net"]) == (protocol, name)), None)
+            if not line:                                        # else done before the run was stopped
+                result = swap(net) if protocol == "swap" else locate(net, protocol)
+                line = {"protocol": protocol, "net": name, **result}
+                lines.append(line)
+                if rank == 0:
+                    stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
+            numbers = [f"{key} {value:.4g}" for key, value in line.items() if isinstance(value, float)]
             say(f"{protocol:8} {name:7}", ", ".join(numbers), flush=True)
-            if rank == 0:
-                stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
 
     # ---- the results, below them the paper's
     if digest(nets) != settings["nets"]:
         stage.fail("a frozen net has changed: the results are void")
     if rank == 0:
-        text = json.dumps({"lines": lines, "chance": 100 / args.grid ** 2, "paper": PAPER, "sources": sources,
-                           "settings": settings, "commit": stage.commit()}, indent=1)
+        text = json.dumps({"lines": lines, "paper": PAPER, "sources": sources, "settings": settings,
+                           "commit": stage.commit()}, indent=1)
         stage.write_atomically(f"{args.out}/results.json", lambda f: f.write(text.encode()))
         if "swap" in args.protocol:
             draw_swap(nets, Views(swapped, "swap", args), f"{args.out}/swap.png")
-    say(f"chance {100 / args.grid ** 2:.1f}; paper, Table 3a, R50-C4: {PAPER}; wrote {args.out}/results.json")
+    say(f"wrote {args.out}/results.json; paper, Table 3a, R50-C4, top1 of full: {PAPER}")
 
 
 if __name__ == "__main__":

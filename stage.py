@@ -6,6 +6,7 @@ machine does wrong ends in one line on standard error and a status that is not z
 """
 import argparse
 import collections
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,12 +52,16 @@ def fail(message):
 def kill_workers():
     """Ends this process's loader workers, which as orphans might wait for ever.
 
-    A signal may come when one is forked and multiprocessing does not know it yet; Linux does.
+    A signal may come when one is just forked, and multiprocessing does not know it yet; /proc does. It has
+    this process's command line, unlike what a shell started before it became this process.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
-    with open("/proc/thread-self/children") as children:
-        for worker in children.read().split():
-            os.kill(int(worker), signal.SIGKILL)
+    for worker in mp.active_children():
+        worker.kill()
+    with contextlib.suppress(OSError):                              # a kernel without that list
+        for pid in Path("/proc/thread-self/children").read_text().split():
+            if Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def leave(message, status=1):
@@ -184,7 +190,7 @@ def run(rank, rendezvous, main, args, prepared):
         kill_workers()
         os._exit(128 + number)
 
-    first = iter([True])                    # next() cannot be interrupted, as a test and a change can
+    first = iter([True])                    # next() is one step; between a test and a change comes a signal
     process = os.getpid()
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
@@ -205,10 +211,10 @@ def run(rank, rendezvous, main, args, prepared):
                 fail(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
         main(rank, device, args, *prepared)
-    except (MemoryError, ConnectionError, RuntimeError) as error:   # torch has no classes for two of these
+    except (MemoryError, ConnectionResetError, RuntimeError) as error:  # torch has no classes of its own
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             fail(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
-        if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+        if isinstance(error, ConnectionResetError) or "DataLoader worker" in str(error):
             fail(f"a DataLoader worker is gone: {last_line(error)[:150]}; if memory or /dev/shm is short, "
                  f"take fewer --workers or 0, or docker's --shm-size; {GO_ON}")
         raise

@@ -246,9 +246,10 @@ def swap(net, data, out, monkeypatch, *more):
 def test_swap_tells_who_sees_its_box_alone(patterns, tmp_path, monkeypatch):
     box, canvas, rest = (swap(net, patterns, tmp_path / net.__name__, monkeypatch)
                          for net in (SeesBox, SeesCanvas, SeesRest))
-    assert {box["images"], canvas["images"], rest["images"]} == {60}                # pairs: one is left out
+    assert {box["chance"], canvas["chance"], rest["chance"]} == {100 / 60}          # pairs: one is left out
     assert box["same_instance"] == pytest.approx(1) and abs(box["same_background"]) < 0.1
     assert box["top1"] == 100 and box["gradient_inside"] == 1
+    assert max(abs(net["same_place"]) for net in (box, canvas, rest)) < 0.1
     assert 0.1 < canvas["same_instance"] < 0.9 and canvas["same_background"] > 0.2
     assert canvas["gradient_inside"] == pytest.approx(canvas["area_inside"], abs=0.02)
     assert 0.3 < canvas["area_inside"] < 0.5                                        # .39 on average
@@ -257,11 +258,29 @@ def test_swap_tells_who_sees_its_box_alone(patterns, tmp_path, monkeypatch):
 
 
 def test_swap_is_repeated_by_its_seed_and_draws_its_nets(patterns, tmp_path, monkeypatch):
-    seeds = [swap(SeesCanvas, patterns, tmp_path / str(i), monkeypatch, "--seed", seed, "--train-images", 20)
+    seeds = [swap(SeesCanvas, patterns, tmp_path / str(i), monkeypatch, "--seed", seed, "--swap-images", 21)
              for i, seed in enumerate((0, 0, 1))]
-    assert seeds[0] == seeds[1] != seeds[2] and seeds[0]["images"] == 20
+    assert seeds[0] == seeds[1] != seeds[2] and seeds[0]["chance"] == 100 / 20
     picture = torchvision.io.read_image(os.path.join(tmp_path, "0", "swap.png"))
     assert picture.shape == (3, 2 * 66 + 2, 4 * 66 + 2)                             # composites, one net
+
+
+@pytest.mark.parametrize("net, bright_inside", [(SeesBox, True), (SeesRest, False)])
+def test_swaps_picture_shows_what_is_seen(net, bright_inside, patterns, tmp_path):
+    seen = net("")
+    seen.pixels = weights.Pixels(weights.random_weights())
+    dataset = views([str(patterns / "val" / f"{i}.png") for i in range(6)], "swap", 64)
+    probe_loc.draw_swap({"net": seen}, dataset, str(tmp_path / "swap.png"))
+    picture = torchvision.io.read_image(str(tmp_path / "swap.png"))
+    (x1, y1, x2, y2), = dataset[0][1][0].int().tolist()
+    for column in range(4):
+        cell = picture[:, 68:132, 2 + 66 * column:66 + 66 * column].clone()        # below the composites
+        red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
+        assert (cell[:, y1, x1:x2] == red).all() and (cell[:, y2 - 1, x1:x2] == red).all()
+        assert (cell[:, y1:y2, x1] == red).all() and (cell[:, y1:y2, x2 - 1] == red).all()
+        inside = cell[:, y1 + 4:y2 - 4, x1 + 4:x2 - 4].float().mean().item()        # maps are 4 pixels coarse
+        cell[:, max(0, y1 - 4):y2 + 4, max(0, x1 - 4):x2 + 4] = 0
+        assert (inside > 20) == bright_inside and (cell.float().mean().item() > 5) != bright_inside
 
 
 def test_place_stays_at_chance_where_cells_are_shuffled():
@@ -353,9 +372,11 @@ def test_swap_scores_and_shares_against_loops():
     cosine = lambda i, s, j, t: sum(sets[i, s] * sets[j, t])
     same = np.mean([cosine(i, 0, i, 1) for i in range(12)])
     leak = np.mean([cosine(i, s, i + 1, s) for i in range(0, 12, 2) for s in (0, 1)])
+    place = np.mean([cosine(i, s, i + 1, 1 - s) for i in range(0, 12, 2) for s in (0, 1)])
     found = [max(range(12), key=lambda j: cosine(i, 0, j, 1)) == i for i in range(12)]
     assert probe_loc.swap_scores(features) == pytest.approx(
-        {"same_instance": same, "same_background": leak, "top1": 100 * np.mean(found)}, abs=1e-5)
+        {"same_instance": same, "same_background": leak, "same_place": place, "top1": 100 * np.mean(found)},
+        abs=1e-5)
     energy, boxes = torch.rand(3, 9, 9), torch.tensor([[0, 0, 9, 9], [2, 3, 7, 5], [8, 0, 9, 9]])
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         inside = sum(energy[i, y, x].item() for y in range(y1, y2) for x in range(x1, x2))
@@ -367,8 +388,9 @@ def test_the_energy_of_a_pixel_is_its_column_of_the_jacobian():
     """On average over directions, here for a linear network whose Jacobian is its matrix."""
     matrix = torch.randn(6, 3 * 4 * 4, generator=torch.Generator().manual_seed(0))
     images = torch.randn(1, 3, 4, 4, requires_grad=True)
-    features = images.flatten(1) @ matrix.T
-    energy = sum(probe_loc.pixel_energy(features, images, [("test", t)]) for t in range(2000))[0] / 2000
+    energy = 0
+    for t in range(2000):
+        energy += probe_loc.pixel_energy(images.flatten(1) @ matrix.T, images, [("test", t)])[0] / 2000
     expected = matrix.square().sum(dim=0).view(3, 4, 4).sum(dim=0)
     assert (energy / expected - 1).abs().max() < 0.15
 
@@ -756,7 +778,11 @@ def test_processes_compute_what_one_computes(script, more, nprocs, own, tmp_path
     for a, b in zip(one.get("curve", []), more.get("curve", []), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     for a, b in zip(one.get("lines", []), more.get("lines", []), strict=True):
-        assert np.array(b["confusion"]) == pytest.approx(np.array(a["confusion"]), abs=10)     # one image
+        if a["protocol"] == "swap":
+            for key, value in a.items():
+                assert b[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3)), key
+        else:
+            assert np.array(b["confusion"]) == pytest.approx(np.array(a["confusion"]), abs=10)  # one image
     assert more.get("results") == one.get("results")
 
 

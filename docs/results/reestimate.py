@@ -1,0 +1,31 @@
+"""Do swap's figures come from BatchNorm's statistics? They are estimated again on composites of training images.
+
+    python docs/results/reestimate.py RUN PHOTOS OUT.pth       # then: probe_loc.py OUT.pth PHOTOS --protocol swap
+    python docs/results/reestimate.py random PHOTOS OUT.pth [SEED]                  # of a random narrow18
+"""
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import probe_loc  # noqa: E402
+from weights import random_weights, read_weights  # noqa: E402
+
+run, photos, out, *seed = sys.argv[1:]
+args = probe_loc.get_args([run, photos, "--image-size", "96", "--device", "cpu", "--nprocs", "1", "--seed",
+                           *(seed or ["0"]), "--out", os.devnull])
+found = random_weights("narrow18") if run == "random" else read_weights(run)
+net = probe_loc.make_net(found, args).train()
+for module in net.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.reset_running_stats()
+        module.momentum = None                      # the plain average over batches
+paths, _, _ = probe_loc.find_data(args)
+order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(1))[:len(paths) // 32 * 32][:1024]
+views = probe_loc.Views([paths[i] for i in order], "swap", args)
+with torch.no_grad():
+    for first in range(0, len(order), 32):
+        images, boxes = (torch.cat(parts) for parts in zip(*[views[i] for i in range(first, first + 32)]))
+        net.features(net.pixels(images), boxes)
+torch.save(net.resnet.state_dict(), out)
