@@ -5,10 +5,8 @@
 OUT/composites.png  four samples, query and key, as pretrain.py draws them
 OUT/step.png    one instance through a step, Fig. 2 of the paper with the names of insloc.py
 OUT/groups.png  two ranks of two groups: the keys that Shuffle-BN gives to each
-OUT/results/ladder.png  curves of the runs in OUT/results, if there are any
+OUT/results/swap.png  the second study, if its files are in OUT/results
 """
-import glob
-import json
 import os
 import sys
 
@@ -17,7 +15,8 @@ import torch
 from torchvision.ops import box_iou
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
+sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), "docs", "results")]
+import check  # noqa: E402
 import pretrain  # noqa: E402
 from insloc import (batches, choose_backgrounds, crop_box, generator_for, grid_anchors,  # noqa: E402
                     photometric, read_image)
@@ -26,6 +25,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.patches import ConnectionPatch, FancyBboxPatch, Rectangle  # noqa: E402
 
+LADDER = ("random_bn", "moco", "cp", "insloc")
 RED, ORANGE, BLUE, GREY = "#e01e1e", "#e07a1e", "#143cff", "#666666"
 GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
 MONO = {"fontsize": 7.5, "family": "monospace"}
@@ -148,18 +148,34 @@ def draw_groups(out, size=4):
     figure.savefig(os.path.join(out, "groups.png"))
 
 
-def draw_ladder(folder):
-    """loss and acc_batch of every FOLDER/RUN/log.jsonl."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for path in sorted(glob.glob(os.path.join(folder, "*_s*", "log.jsonl"))):
-        with open(path) as f:
-            lines = [line for line in map(json.loads, f) if "loss" in line]
-        for one, name in zip(axes, ("loss", "acc_batch")):
-            one.plot([line["step"] for line in lines], [line[name] for line in lines],
-                     label=os.path.basename(os.path.dirname(path)), linewidth=1.2)
-            one.set(xlabel="step", title=name)
-    axes[0].legend()
-    figure.savefig(os.path.join(folder, "ladder.png"), dpi=100)
+def draw_swap(folder):
+    """FOLDER/swap.png of the second study: where each net's feature looks, the two cosines, the gradient.
+
+    The maps are rows of FOLDER/narrow18/METHOD_s0/swap.png, which probe_loc.py drew on generated images.
+    """
+    figure = pyplot.figure(figsize=(11, 5.2), dpi=100)
+    titles = ["composite", "random", *(check.NAMES[method] for method in LADDER[1:])]
+    for position, method in enumerate(("composite", *LADDER)):
+        run = "insloc" if method == "composite" else method
+        pixels = pyplot.imread(os.path.join(folder, f"narrow18/{run}_s0/swap.png"))
+        height = (len(pixels) - 2) // 3                         # rows: composites, random net, given net
+        first = 0 if method == "composite" else 2 * height
+        axes = figure.add_axes([0.04, 0.8 - 0.195 * position, 0.37, 0.19])
+        axes.imshow(pixels[first:first + height + 2])
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(titles[position], fontsize=9)
+    cosines = {"same_instance": "same instance, other background",
+               "same_background": "other instance, same background"}
+    shares = {"gradient_inside": "energy of the gradient", "area_inside": "area"}
+    for position, (title, lines) in enumerate((("cosine", cosines), ("share inside the box", shares))):
+        axes = figure.add_axes([0.48, 0.58 - 0.5 * position, 0.5, 0.36], ylim=(-0.1, 1.05), title=title)
+        for color, (key, label) in zip((RED, GREY), lines.items()):
+            for x, method in enumerate(LADDER):
+                values = check.swap("narrow18", method, key)
+                axes.plot([x] * len(values), values, "o", color=color, label="" if x else label)
+        axes.set_xticks(range(len(LADDER)), titles[1:])
+        axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.62))
+    figure.savefig(os.path.join(folder, "swap.png"))
 
 
 if __name__ == "__main__":
@@ -173,5 +189,5 @@ if __name__ == "__main__":
     args.seed = 38                                          # with it none of the four samples turns grey
     pretrain.save_composites(args, paths, 4)
     draw_groups(out)
-    if glob.glob(os.path.join(out, "results", "*_s*")):
-        draw_ladder(os.path.join(out, "results"))
+    if os.path.isdir(os.path.join(out, "results", "narrow18")):
+        draw_swap(os.path.join(out, "results"))

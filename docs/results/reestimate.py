@@ -1,7 +1,7 @@
 """Do swap's figures come from BatchNorm's statistics? They are estimated again on composites of training images.
 
     python docs/results/reestimate.py RUN PHOTOS OUT.pth       # then: probe_loc.py OUT.pth PHOTOS --protocol swap
-    python docs/results/reestimate.py random PHOTOS OUT.pth [SEED]                  # of a random narrow18
+    python docs/results/reestimate.py narrow18 PHOTOS OUT.pth [SEED]            # of random weights, or resnet18
 """
 import os
 import sys
@@ -10,12 +10,12 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import probe_loc  # noqa: E402
-from weights import random_weights, read_weights  # noqa: E402
+from weights import RESNETS, random_weights, read_weights  # noqa: E402
 
 run, photos, out, *seed = sys.argv[1:]
 args = probe_loc.get_args([run, photos, "--image-size", "96", "--device", "cpu", "--nprocs", "1", "--seed",
                            *(seed or ["0"]), "--out", os.devnull])
-found = random_weights("narrow18") if run == "random" else read_weights(run)
+found = random_weights(run) if run in RESNETS else read_weights(run)
 net = probe_loc.make_net(found, args).train()
 for module in net.modules():
     if isinstance(module, torch.nn.BatchNorm2d):

@@ -1,0 +1,174 @@
+"""The rows of the tables in this folder's README.md and in the project's, computed from the raw files here.
+
+    python docs/results/check.py            # prints the rows; status 1 if a page lacks one of them
+"""
+import json
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+NAMES = {"random": "random", "random_bn": "random, BN estimated", "moco": "MoCo v2", "ra": "RA", "cp": "CP", "insloc": "InsLoc"}
+SECOND = {"narrow18": (0, 1), "resnet18": (0,)}                                     # trunk: seeds
+SECOND_ROWS = {"narrow18": ("random", "random_bn", "moco", "cp", "insloc"),
+               "resnet18": ("random", "random_bn", "moco", "insloc")}
+FIRST = {"random": ["random"], "moco": ["moco_s0", "moco_s1"], "ra": ["ra_s0", "ra_s1"], "cp": ["cp_s0"],
+         "insloc": ["insloc_s0", "insloc_s1"]}
+
+
+def read(*names):
+    """A JSON file beside this one; of a log.jsonl the logged steps."""
+    with open(os.path.join(HERE, *names)) as file:
+        if names[-1] == "log.jsonl":
+            return [line for line in map(json.loads, file) if "loss" in line]
+        return json.load(file)
+
+
+def number(value, digits):
+    return f"{value:.{digits}f}".replace("0.", ".", 1 if abs(value) < 1 else 0)
+
+
+def cell(values, digits):
+    """'.91, .88': one value for each seed."""
+    return ", ".join(number(value, digits) for value in values) or "not run"
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def accuracy_of_last(run, lines):
+    """acc_batch on average over the last log lines."""
+    return sum(line["acc_batch"] for line in read(run, "log.jsonl")[-lines:]) / lines
+
+
+# ---- The second study ------------------------------------------------------------------------------------
+
+def probed(trunk, method, file, value):
+    """value(result) of each seed of a rung, as far as it was run. A random net's stands in InsLoc's files."""
+    run = "insloc" if method == "random" else method
+    net = "random" if method == "random" else "given"
+    paths = [(trunk, f"{run}_s{seed}", file) for seed in SECOND[trunk]]
+    return [value(result_of(read(*path), net)) for path in paths if os.path.exists(os.path.join(HERE, *path))]
+
+
+def result_of(results, net):
+    """Of a probe's results.json: {protocol: line}, or the accuracies; of log.jsonl all lines."""
+    if isinstance(results, list):
+        return results
+    if "lines" in results:
+        return {line["protocol"]: line for line in results["lines"] if line["net"] == net}
+    return results["results"].get(net)
+
+
+def swap(trunk, method, key):
+    return probed(trunk, method, "swap.json", lambda result: result["swap"][key])
+
+
+def margins(trunk, method):
+    return [same - leak for same, leak in zip(swap(trunk, method, "same_instance"),
+                                              swap(trunk, method, "same_background"))]
+
+
+def inside(trunk, method):
+    return [100 * value for value in swap(trunk, method, "gradient_inside")]
+
+
+def place(trunk, method, protocol):
+    return probed(trunk, method, "loc.json", lambda result: result[protocol]["top1"])
+
+
+def accuracy(trunk, method, readout):
+    """Of the readout knn or lin; linear layers on random nets were not trained."""
+    if method == "random" and readout == "lin":
+        return []
+    return probed(trunk, method, f"{readout}.json", lambda result: result["top1"])
+
+
+def learnt(trunk, method):
+    """acc_batch over the last 100 steps: five log lines."""
+    return probed(trunk, method, "log.jsonl", lambda lines: sum(x["acc_batch"] for x in lines[-5:]) / 5)
+
+
+def background_table():
+    for trunk, methods in SECOND_ROWS.items():
+        for method in methods:
+            yield row(f"{trunk}, {NAMES[method]}",
+                      *[cell(swap(trunk, method, key), 2) for key in ("same_instance", "same_background",
+                                                                     "same_place")],
+                      cell(margins(trunk, method), 2), cell(swap(trunk, method, "top1"), 1),
+                      cell(inside(trunk, method), 1))
+
+
+def class_and_place_table():
+    for trunk, methods in SECOND_ROWS.items():
+        for method in (name for name in methods if name != "random_bn"):
+            yield row(f"{trunk}, {NAMES[method]}",
+                      "" if method == "random" else cell(learnt(trunk, method), 2),
+                      *[cell(accuracy(trunk, method, readout), 1) for readout in ("knn", "lin")],
+                      *[cell(place(trunk, method, protocol), 1) for protocol in ("full", "reflect", "alone")])
+
+
+# ---- The first study -------------------------------------------------------------------------------------
+
+def first_place(run, name):
+    lines = read("insloc_s0" if run == "random" else run, "loc.json")["lines"]
+    net = "random" if run == "random" else "given"
+    return next(line["top1"] for line in lines if line["protocol"] == name and line["net"] == net)
+
+
+def first_detection(method):
+    """AP50 of boxes from 400 photographs of VOC, one for each seed that was run."""
+    names = sorted(name for name in os.listdir(os.path.join(HERE, "det")) if name.startswith(f"{method}_"))
+    return [read("det", name)["mean"]["AP50bb"] for name in names]
+
+
+def first_table():
+    for method, runs in FIRST.items():
+        trained = method != "random"
+        yield row(NAMES[method], cell([accuracy_of_last(run, 10) for run in runs], 2) if trained else "",
+                  cell([read(run, "knn.json")["top1"] for run in runs], 1),
+                  cell([read(run, "lin.json")["top1"] for run in runs], 1) if trained else "diverged",
+                  *[cell([first_place(run, name) for run in runs], 1) for name in ("full", "reflect", "alone")],
+                  cell(first_detection(method), 1))
+
+
+# ---- The project's README --------------------------------------------------------------------------------
+
+def readme_table():
+    """Means over the seeds of narrow18."""
+    def means(digits, values, methods=("random_bn", "moco", "cp", "insloc")):
+        found = [values("narrow18", method) for method in methods]
+        return " / ".join(number(sum(some) / len(some), digits) if some else "not run" for some in found)
+
+    ladder = ("random", "moco", "cp", "insloc")
+    yield row("cosine of an image's features on two backgrounds", "should rise (Sec. 4.1)",
+              means(2, lambda *net: swap(*net, "same_instance")))
+    yield row("cosine of two images on one background, at one place", "should fall",
+              means(2, lambda *net: swap(*net, "same_background")))
+    yield row("the image is found again on another background, % (chance .1)", "should rise",
+              means(0, lambda *net: swap(*net, "top1")))
+    yield row("the feature's gradient lies inside the box, % (39 % of the area)", "should rise", means(0, inside))
+    yield row("linear classification, top-1 (Table 3a)", "67.7, 61.7",
+              means(1, lambda *net: accuracy(*net, "lin"), ladder))
+    yield row("localization, `full` (Table 3a; its protocol is not known)", "71.9, 74.2",
+              means(1, lambda *net: place(*net, "full"), ladder))
+
+
+def missing():
+    """[(page, row)] that are in no line of the page."""
+    pages = {"README.md": [*background_table(), *class_and_place_table(), *first_table()],
+             "../../README.md": list(readme_table())}
+    faults = []
+    for page, rows in pages.items():
+        with open(os.path.join(HERE, page)) as file:
+            text = file.read()
+        faults += [(page, line) for line in rows if line not in text]
+        print(f"{page}:", *rows, sep="\n")
+    return faults
+
+
+if __name__ == "__main__":
+    faults = missing()
+    for page, line in faults:
+        print(f"{page} lacks {line}", file=sys.stderr)
+    sys.exit(bool(faults))
