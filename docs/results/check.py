@@ -9,6 +9,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"random": "random", "random_bn": "random, BN estimated", "moco": "MoCo v2", "ra": "RA", "cp": "CP", "insloc": "InsLoc"}
 SECOND = {"narrow18": (0, 1), "resnet18": (0,)}                                     # trunk: seeds
+STEPS = {"narrow18": 3060, "resnet18": 1500}                        # at which the nets were probed
 SECOND_ROWS = {"narrow18": ("random", "random_bn", "moco", "cp", "insloc"),
                "resnet18": ("random", "random_bn", "moco", "insloc")}
 FIRST = {"random": ["random"], "moco": ["moco_s0", "moco_s1"], "ra": ["ra_s0", "ra_s1"], "cp": ["cp_s0"],
@@ -85,8 +86,12 @@ def accuracy(trunk, method, readout):
 
 
 def learnt(trunk, method):
-    """acc_batch over the last 100 steps: five log lines."""
-    return probed(trunk, method, "log.jsonl", lambda lines: sum(x["acc_batch"] for x in lines[-5:]) / 5)
+    """acc_batch over the last 100 steps before the probes: five log lines."""
+    def mean(lines):
+        last = [line["acc_batch"] for line in lines if line["step"] <= STEPS[trunk]][-5:]
+        return sum(last) / len(last)
+
+    return probed(trunk, method, "log.jsonl", mean)
 
 
 def background_table():
