@@ -320,7 +320,8 @@ def main(rank, device, args, train, val, data_digest):
         stage.write_atomically(f"{args.out}/results.json", lambda f: f.write(text.encode()))
         if "swap" in args.protocol:
             draw_swap(nets, Views(swapped, "swap", args), f"{args.out}/swap.png")
-    say(f"wrote {args.out}/results.json; paper, Table 3a, R50-C4, top1 of full: {PAPER}")
+    paper = f"; paper, Table 3a, R50-C4, top1 of full: {PAPER}" if "full" in args.protocol else ""
+    say(f"wrote {args.out}/results.json{paper}")
 
 
 if __name__ == "__main__":
