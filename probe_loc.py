@@ -43,7 +43,7 @@ def get_args(argv=None):
     add("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="[paper 5.2: full; ours: all]")
     add("--grid", type=int, default=3, help="cells a side [paper 5.2: M = 9]")
     add("--train-images", type=int, default=5000, help="at most; more are a stronger readout [ours: weak]")
-    add("--swap-images", type=int, default=1000, help="of val, at most; even, at least 300 [ours: minutes]")
+    add("--swap-images", type=int, default=1000, help="at most; 300 at least are wanted [ours: minutes]")
     add("--epochs", type=int, default=10, help="of the linear layers, cosine [ours: 180 steps, weak]")
     add("--image-size", type=int, default=224, help="side of the centre crop, out of 8/7 of it [MoCo v2]")
     add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
@@ -53,7 +53,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     stage.check_machine_arguments(parser, args)
     if args.epochs < 1 or args.train_images < max(2, args.world) or args.swap_images <= max(3, args.world):
-        parser.error("--epochs must be at least 1, --train-images 2, --swap-images 4, one for each process")
+        parser.error("--epochs must be at least 1, --train-images 2, --swap-images 4, more than processes")
     if args.grid < 2 or args.image_size % 32 or args.image_size < max(64, 8 * args.grid):
         parser.error("--grid must be at least 2, --image-size a multiple of 32 from 64 on, cells of 8 pixels")
     args.out = args.out or "runs/loc_" + os.path.basename(os.path.abspath(args.weights)).split(".")[0]
@@ -80,7 +80,7 @@ def grid_boxes(size, grid=3):
     return torch.stack([edge[[x, y, x + 1, y + 1]] for y in range(grid) for x in range(grid)])
 
 
-class Views(torch.utils.data.Dataset):
+class ProtocolImages(torch.utils.data.Dataset):
     """An image under a protocol: P pictures, uint8 (P, 3, h, w), and M boxes of each (P, M, 4).
 
     `full`, `reflect`: the image, its cells. `alone`: a picture for each cell, not resampled, since resampling
@@ -263,8 +263,9 @@ def main(rank, device, args, train, val, data_digest):
         pad_by(net, "reflect" if protocol == "reflect" else "zeros")
         own = indices.tensor_split(args.world)[rank]
         loader = torch.utils.data.DataLoader(
-            Views(paths, protocol, args), batch_size=32, sampler=own.tolist(), num_workers=args.workers,
-            pin_memory=args.device == "cuda", multiprocessing_context="fork" if args.workers else None)
+            ProtocolImages(paths, protocol, args), batch_size=32, sampler=own.tolist(),
+            num_workers=args.workers, pin_memory=args.device == "cuda",
+            multiprocessing_context="fork" if args.workers else None)
         parts, shares = [], []
         for batch, (images, boxes) in zip(own.split(32), loader):       # (n, P, 3, h, w), (n, P, M / P, 4)
             x = net.pixels(images.flatten(0, 1).to(device, non_blocking=True))
@@ -319,7 +320,7 @@ def main(rank, device, args, train, val, data_digest):
                            "commit": stage.commit()}, indent=1)
         stage.write_atomically(f"{args.out}/results.json", lambda f: f.write(text.encode()))
         if "swap" in args.protocol:
-            draw_swap(nets, Views(swapped, "swap", args), f"{args.out}/swap.png")
+            draw_swap(nets, ProtocolImages(swapped, "swap", args), f"{args.out}/swap.png")
     paper = f"; paper, Table 3a, R50-C4, top1 of full: {PAPER}" if "full" in args.protocol else ""
     say(f"wrote {args.out}/results.json{paper}")
 

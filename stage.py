@@ -190,7 +190,7 @@ def run(rank, rendezvous, main, args, prepared):
         kill_workers()
         os._exit(128 + number)
 
-    first = iter([True])                    # next() is one step; between a test and a change comes a signal
+    first = iter([True])                    # next() tests and changes in one step that no signal can divide
     process = os.getpid()
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:

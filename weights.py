@@ -60,7 +60,10 @@ def random_weights(resnet="resnet50", input="imagenet"):
 
 
 class Pixels(torch.nn.Module):
-    """uint8 RGB images (N, 3, H, W) -> the input that these weights know, float32."""
+    """uint8 RGB images (N, 3, H, W) -> the input that these weights know, float32.
+
+    torchvision's Normalize would copy mean and std to the GPU in every call, and wait for it.
+    """
     def __init__(self, weights):
         super().__init__()
         self.register_buffer("mean", torch.tensor(weights.pixel_mean)[:, None, None])

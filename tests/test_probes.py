@@ -306,7 +306,7 @@ def test_padding_alone_tells_a_random_net_the_place(tmp_path):
 # ---- Parts against second implementations ----------------------------------------------------------------
 
 def views(paths, protocol, size):
-    return probe_loc.Views(paths, protocol, argparse.Namespace(image_size=size, grid=3, seed=0))
+    return probe_loc.ProtocolImages(paths, protocol, argparse.Namespace(image_size=size, grid=3, seed=0))
 
 
 @pytest.mark.parametrize("size, grid", [(224, 3), (65, 3), (128, 3), (50, 4), (97, 7), (64, 2)])

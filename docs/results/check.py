@@ -7,7 +7,8 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-NAMES = {"random": "random", "random_bn": "random, BN estimated", "moco": "MoCo v2", "ra": "RA", "cp": "CP", "insloc": "InsLoc"}
+NAMES = {"random": "random", "random_bn": "random, BN estimated", "moco": "MoCo v2", "ra": "RA", "cp": "CP",
+         "insloc": "InsLoc"}
 SECOND = {"narrow18": (0, 1), "resnet18": (0,)}                                     # trunk: seeds
 STEPS = {"narrow18": 3060, "resnet18": 1500}                        # at which the nets were probed
 SECOND_ROWS = {"narrow18": ("random", "random_bn", "moco", "cp", "insloc"),
@@ -37,9 +38,9 @@ def row(*cells):
     return f"| {' | '.join(cells)} |"
 
 
-def accuracy_of_last(run, lines):
-    """acc_batch on average over the last log lines."""
-    return sum(line["acc_batch"] for line in read(run, "log.jsonl")[-lines:]) / lines
+def mean_accuracy(lines):
+    """acc_batch on average over log lines."""
+    return sum(line["acc_batch"] for line in lines) / len(lines)
 
 
 # ---- The second study ------------------------------------------------------------------------------------
@@ -87,11 +88,10 @@ def accuracy(trunk, method, readout):
 
 def learnt(trunk, method):
     """acc_batch over the last 100 steps before the probes: five log lines."""
-    def mean(lines):
-        last = [line["acc_batch"] for line in lines if line["step"] <= STEPS[trunk]][-5:]
-        return sum(last) / len(last)
+    def last(lines):
+        return mean_accuracy([line for line in lines if line["step"] <= STEPS[trunk]][-5:])
 
-    return probed(trunk, method, "log.jsonl", mean)
+    return probed(trunk, method, "log.jsonl", last)
 
 
 def background_table():
@@ -115,10 +115,9 @@ def class_and_place_table():
 
 # ---- The first study -------------------------------------------------------------------------------------
 
-def first_place(run, name):
-    lines = read("insloc_s0" if run == "random" else run, "loc.json")["lines"]
-    net = "random" if run == "random" else "given"
-    return next(line["top1"] for line in lines if line["protocol"] == name and line["net"] == net)
+def first_place(run, protocol):
+    results = read("insloc_s0" if run == "random" else run, "loc.json")
+    return result_of(results, "random" if run == "random" else "given")[protocol]["top1"]
 
 
 def first_detection(method):
@@ -130,11 +129,12 @@ def first_detection(method):
 def first_table():
     for method, runs in FIRST.items():
         trained = method != "random"
-        yield row(NAMES[method], cell([accuracy_of_last(run, 10) for run in runs], 2) if trained else "",
+        accuracies = [mean_accuracy(read(run, "log.jsonl")[-10:]) for run in runs if trained]
+        places = [[first_place(run, protocol) for run in runs] for protocol in ("full", "reflect", "alone")]
+        yield row(NAMES[method], cell(accuracies, 2) if trained else "",
                   cell([read(run, "knn.json")["top1"] for run in runs], 1),
                   cell([read(run, "lin.json")["top1"] for run in runs], 1) if trained else "diverged",
-                  *[cell([first_place(run, name) for run in runs], 1) for name in ("full", "reflect", "alone")],
-                  cell(first_detection(method), 1))
+                  *[cell(values, 1) for values in places], cell(first_detection(method), 1))
 
 
 # ---- The project's README --------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def readme_table():
               means(2, lambda *net: swap(*net, "same_background")))
     yield row("the image is found again on another background, % (chance .1)", "should rise",
               means(0, lambda *net: swap(*net, "top1")))
-    yield row("the feature's gradient lies inside the box, % (39 % of the area)", "should rise", means(0, inside))
+    yield row("the feature's gradient lies inside the box, % (39 % of the area)", "should rise",
+              means(0, inside))
     yield row("linear classification, top-1 (Table 3a)", "67.7, 61.7",
               means(1, lambda *net: accuracy(*net, "lin01"), ladder))
     yield row("localization, `full` (Table 3a; its protocol is not known)", "71.9, 74.2",

@@ -1,7 +1,8 @@
-"""Do swap's figures come from BatchNorm's statistics? They are estimated again on composites of training images.
+"""Do swap's figures come from BatchNorm's statistics? Estimates them again on composites of training images.
 
-    python docs/results/reestimate.py RUN PHOTOS OUT.pth       # then: probe_loc.py OUT.pth PHOTOS --protocol swap
-    python docs/results/reestimate.py narrow18 PHOTOS OUT.pth [SEED]            # of random weights, or resnet18
+    python docs/results/reestimate.py RUN PHOTOS OUT.pth                    # of a trained net
+    python docs/results/reestimate.py narrow18 PHOTOS OUT.pth [SEED]        # of a random one, or resnet18
+    python probe_loc.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
 """
 import os
 import sys
@@ -23,7 +24,7 @@ for module in net.modules():
         module.momentum = None                      # the plain average over batches
 paths, _, _ = probe_loc.find_data(args)
 order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(1))[:len(paths) // 32 * 32][:1024]
-views = probe_loc.Views([paths[i] for i in order], "swap", args)
+views = probe_loc.ProtocolImages([paths[i] for i in order], "swap", args)
 with torch.no_grad():
     for first in range(0, len(order), 32):
         images, boxes = (torch.cat(parts) for parts in zip(*[views[i] for i in range(first, first + 32)]))
