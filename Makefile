@@ -23,7 +23,7 @@ $(VENV)/installed: requirements.txt Makefile
 
 # A toy pre-training that learns within minutes on two cores: what it draws and logs is what a real one draws and logs.
 demo: install
-	test -d toy || $(BIN)/python tests/toy.py toy
+	test -d toy || $(BIN)/python tools/toy.py toy
 	$(BIN)/python pretrain.py --arch c4 --resnet narrow18 --image-size 64 --fg-size 56 64 --batch-size 64 --bn-group 32 \
 		--queue-size 128 --fill-queue --ema 0.996 --lr 0.1 --epochs 54 --log-every 16 --device cpu --nprocs 1 --workers 1 \
 		--out runs/demo --resume toy/swatches
@@ -39,7 +39,7 @@ DETECT := --protocol coco-fpn-1x --data toy --device cpu --nprocs 1 --resume MOD
 	TEST.DETECTIONS_PER_IMAGE 10 TEST.PRECISE_BN.NUM_ITER 10 TEST.EVAL_PERIOD 50
 
 demo-detect: install
-	test -d toy || $(BIN)/python tests/toy.py toy
+	test -d toy || $(BIN)/python tools/toy.py toy
 	$(BIN)/python pretrain.py --arch fpn --resnet resnet18 --image-size 64 --batch-size 32 --bn-group 8 --queue-size 256 \
 		--ema 0.99 --lr 0.005 --epochs 4 --device cpu --nprocs 1 --out runs/demo_fpn --resume toy/images
 	$(BIN)/python finetune_det.py runs/demo_fpn --out runs/demo_detect $(DETECT)
@@ -68,11 +68,11 @@ gpu:
 	@echo '| row | figure | measured |'; echo '|---|---|---|'
 	@for row in $(GPU_ROWS); do \
 		hide=; test "$$row" = kernels && hide=CUDA_VISIBLE_DEVICES=; \
-		env $$hide timeout 180 $(GPU_PYTHON) tests/bench.py $$row $(GPU_FLAGS) --json $(GPU_JSON) $(IMAGES) \
+		env $$hide timeout 180 $(GPU_PYTHON) tools/bench.py $$row $(GPU_FLAGS) --json $(GPU_JSON) $(IMAGES) \
 			2> gpu.err || { echo "| $$row | FAILED | |"; tail -n 3 gpu.err; }; \
 	done; rm -f gpu.err
 	@if $(GPU_PYTHON) -c 'import detectron2' 2> /dev/null; then \
-		test -d toy || $(GPU_PYTHON) tests/toy.py toy; \
+		test -d toy || $(GPU_PYTHON) tools/toy.py toy; \
 		for protocol in coco-c4-1x coco-fpn-1x; do \
 			timeout 180 $(GPU_PYTHON) finetune_det.py random --protocol $$protocol --data toy --nprocs 1 \
 				--resume --out runs/gpu_$$protocol SOLVER.MAX_ITER 20 SOLVER.IMS_PER_BATCH 4 \

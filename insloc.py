@@ -38,23 +38,23 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 # ---- 1  Sampling and pasting (Sec. 4.1) ------------------------------------------------------------------
 
-def generator_for(*key):
-    """A CPU generator whose stream is decided by `key` alone (ints and strings).
+def generator_for(*seeds):
+    """A CPU generator whose stream is decided by `seeds` alone (ints and strings).
 
     Seeding by (seed, epoch, sample) instead of by process makes every draw independent of the number of ranks
-    and of workers, and of where a run was stopped and resumed. The key is hashed, since neighbouring integers
-    are poor seeds.
+    and of workers, and of where a run was stopped and resumed. The seeds are hashed, since neighbouring integers
+    make poor ones.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def crop_box(height, width, scale=(0.2, 1.0), ratio=(0.5, 2.0), generator=None):
+def crop_box(height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """Where the random crop lies in an image of (height, width) pixels: (top, left, h, w), ints.
 
     The area fraction is U(scale), the aspect w / h log-uniform in `ratio`. After ten tries that do not fit,
-    it is the largest centre crop with an allowed aspect, as in torchvision's RandomResizedCrop. [paper:
-    "random crop"; ranges: released code]
+    it is the largest centre crop with an allowed aspect, as in torchvision's RandomResizedCrop. [MoCo v2,
+    whose augmentation the paper takes]
     """
     for _ in range(10):
         area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
@@ -128,7 +128,7 @@ def photometric_params(n, generator=None):
 
     order (n, 4) long: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first, second, ...;
     brightness, contrast, saturation (n,) factors in [0.6, 1.4] and hue (n,) in [-0.1, 0.1], as torchvision's
-    adjust_* functions take them; jitter (p .8), gray (p .2), flip (p .5) (n,) bool; sigma (n,) in pixels,
+    adjust_* functions take them; colour (p .8), gray (p .2), flip (p .5) (n,) bool; sigma (n,) in pixels,
     U(.1, 2) with p .5, else 0 = no blur.
     """
     def uniform(low, high):
@@ -140,7 +140,7 @@ def photometric_params(n, generator=None):
         "contrast": uniform(0.6, 1.4),
         "saturation": uniform(0.6, 1.4),
         "hue": uniform(-0.1, 0.1),
-        "jitter": uniform(0, 1) < 0.8,
+        "colour": uniform(0, 1) < 0.8,
         "gray": uniform(0, 1) < 0.2,
         "sigma": uniform(0.1, 2.0) * (uniform(0, 1) < 0.5),
         "flip": uniform(0, 1) < 0.5,
@@ -159,7 +159,7 @@ def photometric(images, params, boxes=None):
     n, _, height, width = images.shape
     whole = torch.tensor([[0.0, 0.0, width, height]]).expand(n, 4)
     hue_turn = (params["order"] == 3).float().argmax(dim=1)
-    hue_turn = torch.where(params["jitter"], hue_turn, 4)
+    hue_turn = torch.where(params["colour"], hue_turn, 4)
     # Work on the images in the order of their turn for hue, 4 for none: those that have an operation before
     # hue, or after it, are then a slice. Turn t's images start at starts[t].
     by_hue = hue_turn.argsort()
@@ -226,7 +226,7 @@ def affine_maps(params):
     no_hue = torch.ones(len(order))
     factors = torch.stack([params["brightness"], params["contrast"], params["saturation"], no_hue], dim=1)
     factors = factors.gather(1, order)                                          # (N, 4), one a turn
-    factors = torch.where(params["jitter"][:, None], factors, 1.0)[:, :, None, None]
+    factors = torch.where(params["colour"][:, None], factors, 1.0)[:, :, None, None]
     is_contrast = (order == 1)[:, :, None, None]
     is_saturation = (order == 2)[:, :, None, None]
     matrices = factors * identity + (1 - factors) * is_saturation * to_gray                     # (N, 4, 3, 3)
@@ -306,7 +306,7 @@ class Views(torch.utils.data.Dataset):
     seed: int = 0
     image_size: int = 256
     fg_size: tuple = (128, 256)         # sides of a crop, ends included; None: the canvas, no background
-    ratio: tuple = (0.5, 2.0)           # w / h of the crop before it is resized
+    ratio: tuple = (3 / 4, 4 / 3)       # w / h of the crop before it is resized
     keep_aspect: bool = False           # fit the crop into the drawn sides, do not stretch it, as released
     dataset_backgrounds: bool = False   # backgrounds: two more images for this sample, as released
 
@@ -414,9 +414,9 @@ class MakeGroup:
                 x1, y1, x2, y2 = view["boxes"].unbind(dim=1)
                 flipped = torch.stack([size - x2, y1, size - x1, y2], dim=1)
                 view["boxes"] = torch.where(view["flip"][:, None], flipped, view["boxes"])
-            view["jittered"] = view["boxes"]
+            view["drawn_boxes"] = view["boxes"]
             if self.jitter and name == "query":                                 # Sec. 4.2: the query alone
-                view["jittered"] = jitter_boxes(view["boxes"], grid_anchors(size), generator=generator)
+                view["drawn_boxes"] = jitter_boxes(view["boxes"], grid_anchors(size), generator=generator)
             group[name] = view
         return group
 

@@ -155,7 +155,7 @@ def find_data(args):
 def make_data(args, paths):
     """The dataset and the collate function of this method."""
     pasting = args.method in ("cp", "insloc")
-    ratio = (1 / 2, 2) if pasting else (3 / 4, 4 / 3)                                        # [MoCo v2]
+    ratio = (1 / 2, 2) if args.keep_aspect else (3 / 4, 4 / 3)                  # [released code], [MoCo v2]
     views = Views(paths, args.seed, args.image_size, args.fg_size, ratio, args.keep_aspect,
                   args.backgrounds == "dataset")
     make_group = MakeGroup(args.seed, args.image_size, pasting, jitter=args.method == "insloc",
@@ -188,7 +188,7 @@ def boxes_of(view, args, device):
     if args.method == "moco":
         return None
     true = view["boxes"].to(device, non_blocking=True)
-    jittered = view["jittered"].to(device, non_blocking=True)
+    jittered = view["drawn_boxes"].to(device, non_blocking=True)
     return [true, true, true, jittered] if args.arch == "fpn" and args.jitter_levels == "p5" else jittered
 
 
@@ -246,7 +246,7 @@ def save_composites(args, paths, count):
     for i in range(count):
         for name in ("query", "key"):
             box = group[name]["boxes"][i:i + 1]
-            jittered = group[name]["jittered"][i:i + 1]
+            jittered = group[name]["drawn_boxes"][i:i + 1]
             image = torch.nn.functional.pad(drawn[name][i], [frame] * 4, value=128)
             if not box.equal(jittered):
                 matching = torch.cat([anchors[torchvision.ops.box_iou(box, anchors)[0] > 0.5], jittered])

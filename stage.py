@@ -39,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class Refusal(Exception):
+    """What the user or the machine did wrong, in one line that says what to do: `launch` prints it, status 1."""
+
+
 def fail(message):
     """Ends this process with one line and status 1."""
     message = f"{os.path.basename(sys.argv[0])}: error: {message}"
@@ -47,6 +51,13 @@ def fail(message):
         kill_workers()
         os._exit(1)
     sys.exit(message)
+
+
+def say(*words):
+    """print, once for all processes: on rank 0."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(*words, flush=True)
 
 
 def kill_workers():
@@ -142,7 +153,7 @@ def launch(main, args, prepare):
             run(variables.get("RANK", 0), "env://", *job)
         else:
             start_processes(args.nprocs, job)
-    except OSError as error:                        # of --out or the data
+    except (Refusal, OSError) as error:             # OSError: of --out or the data
         fail(error)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -211,6 +222,8 @@ def run(rank, rendezvous, main, args, prepared):
                 fail(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
         main(rank, device, args, *prepared)
+    except Refusal as refusal:
+        fail(refusal)
     except (MemoryError, ConnectionResetError, RuntimeError) as error:  # torch has no classes of its own
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             fail(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")

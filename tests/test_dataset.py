@@ -130,7 +130,7 @@ def test_read_image_raises_for_what_is_no_image(tmp_path, kind):
 def test_crops_and_background_equal_pillows_resize(tmp_path, monkeypatch):
     picture(90, 140).save(tmp_path / "a.png")
     parts = [(10, 30, 60, 80), (0, 5, 90, 40)]
-    answers = {(90, 140, (0.5, 2.0)): iter(parts)}
+    answers = {(90, 140, (3 / 4, 4 / 3)): iter(parts)}
     monkeypatch.setattr(insloc, "crop_box", lambda h, w, ratio, generator: next(answers[h, w, ratio]))
     item = Views([str(tmp_path / "a.png")], image_size=48, fg_size=(40, 40))[0, 0, 0, 0]
     images, sizes = [item["query"], item["key"], *item["backgrounds"]], (40, 40, 48)
@@ -310,11 +310,11 @@ def test_boxes_are_uniform_on_the_canvas_and_reach_the_far_edges(name):
 
 def test_only_the_querys_boxes_are_jittered_and_nothing_else_depends_on_it():
     group, still = (MakeGroup(jitter=jitter)(solid_samples(6, 256)) for jitter in (True, False))
-    jittered = group["query"].pop("jittered")
+    jittered = group["query"].pop("drawn_boxes")
     assert (jittered[:, None] == grid_anchors(256)).all(dim=2).any(dim=1).all()
     assert iou_of_pairs(group["query"]["boxes"], jittered).min() > 0.5 - 1e-6
-    assert torch.equal(group["key"]["jittered"], group["key"]["boxes"])
-    assert torch.equal(still["query"].pop("jittered"), still["query"]["boxes"])
+    assert torch.equal(group["key"]["drawn_boxes"], group["key"]["boxes"])
+    assert torch.equal(still["query"].pop("drawn_boxes"), still["query"]["boxes"])
     assert_equal(group, still)                                  # cp and insloc see the same composites
 
 
@@ -325,7 +325,7 @@ def test_group_is_decided_by_seed_step_and_group():
     assert_equal(MakeGroup(0, 32)(solid_samples(5)), first)
     for seed, step, number in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         other = MakeGroup(seed, 32)(solid_samples(5, group=(step, number)))
-        for name in ("images", "boxes", "jittered", "order", "brightness"):
+        for name in ("images", "boxes", "drawn_boxes", "order", "brightness"):
             assert not torch.equal(other["query"][name], first["query"][name])
             assert not torch.equal(first["key"][name], first["query"][name])            # drawn apart
     assert first["unreadable"] == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
@@ -339,7 +339,7 @@ def test_flip_of_the_composite_moves_the_box_with_the_foreground(name):
     assert torch.equal(boxes[~flip], still[name]["boxes"][~flip])
     flipped, _ = photometric(moved[name]["images"] / 255, dict(nothing(16), flip=flip))
     assert torch.equal(flipped[:, 1:2] > 0.2, inside_mask(boxes, 256, 256))     # that is the foreground
-    assert iou_of_pairs(boxes, moved[name]["jittered"]).min() > 0.5 - 1e-6      # jittered after the flip
+    assert iou_of_pairs(boxes, moved[name]["drawn_boxes"]).min() > 0.5 - 1e-6      # jittered after the flip
 
 
 def test_without_pasting_a_view_is_a_crop_that_fills_the_canvas(tmp_path):
@@ -349,7 +349,7 @@ def test_without_pasting_a_view_is_a_crop_that_fills_the_canvas(tmp_path):
     group = MakeGroup(image_size=32, pasting=False, jitter=False)([item] * 2)
     for name in ("query", "key"):
         assert torch.equal(group[name]["images"], torch.stack([item[name]] * 2))
-        assert group[name]["boxes"].tolist() == group[name]["jittered"].tolist() == [[0, 0, 32, 32]] * 2
+        assert group[name]["boxes"].tolist() == group[name]["drawn_boxes"].tolist() == [[0, 0, 32, 32]] * 2
 
 
 # ---- batches and the loader

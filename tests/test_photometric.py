@@ -20,7 +20,7 @@ OPERATIONS = ((V.adjust_brightness, "brightness"), (V.adjust_contrast, "contrast
 def nothing(n):
     """Parameters of n images with which nothing happens."""
     off = torch.zeros(n, dtype=torch.bool)
-    return dict(photometric_params(n, seeded()), sigma=torch.zeros(n), jitter=off, gray=off, flip=off)
+    return dict(photometric_params(n, seeded()), sigma=torch.zeros(n), colour=off, gray=off, flip=off)
 
 
 def hard_images(n, height, width, seed):
@@ -65,7 +65,7 @@ def image_by_image(images, params, boxes):
         crop = images[i, :, y1:y2, x1:x2]
         for turn in params["order"][i].tolist():
             function, name = OPERATIONS[turn]
-            if params["jitter"][i] and params[name][i] != 0:            # torchvision's hue of 0 costs 6e-7
+            if params["colour"][i] and params[name][i] != 0:            # torchvision's hue of 0 costs 6e-7
                 crop = function(crop, params[name][i].item())
         if params["gray"][i]:
             crop = V.rgb_to_grayscale(crop, num_output_channels=3)
@@ -102,7 +102,7 @@ def test_params_have_moco_v2s_probabilities_and_ranges():
         assert ks((params[name] - low) / (high - low)) < 2
     blurred = params["sigma"] > 0
     assert ks((params["sigma"][blurred] - 0.1) / 1.9) < 2
-    for on, p in ((params["jitter"], 0.8), (params["gray"], 0.2), (params["flip"], 0.5), (blurred, 0.5)):
+    for on, p in ((params["colour"], 0.8), (params["gray"], 0.2), (params["flip"], 0.5), (blurred, 0.5)):
         assert on.dtype == torch.bool and abs(on.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
     orders = collections.Counter(map(tuple, params["order"].tolist()))
     assert len(orders) == 24 and uneven(orders.values(), 24) < 5
@@ -115,7 +115,7 @@ def test_params_have_moco_v2s_probabilities_and_ranges():
 @pytest.mark.parametrize("order", ORDERS.tolist(), ids=str)
 def test_affine_maps_are_torchvisions_operations_in_every_order(order):
     params = dict(photometric_params(6, seeded(order[0])), order=torch.tensor([order]).repeat(6, 1),
-                  jitter=torch.arange(6) < 4, gray=torch.arange(6) % 2 == 0)
+                  colour=torch.arange(6) < 4, gray=torch.arange(6) % 2 == 0)
     matrices, mean_matrices = affine_maps(params)
     images = hard_images(6, 9, 8, seed=11)
     for i in range(6):
@@ -125,7 +125,7 @@ def test_affine_maps_are_torchvisions_operations_in_every_order(order):
             mine = (torch.einsum("ij,jyx->iyx", matrices[i, turn], mine) + offset[:, None, None]).clamp(0, 1)
             if operation == "gray":
                 theirs = V.rgb_to_grayscale(theirs, num_output_channels=3) if params["gray"][i] else theirs
-            elif operation != 3 and params["jitter"][i]:                # 3 is hue, no affine map
+            elif operation != 3 and params["colour"][i]:                # 3 is hue, no affine map
                 function, name = OPERATIONS[operation]
                 theirs = function(theirs, params[name][i].item())
             assert close(mine, theirs, 1e-12), (i, turn)
@@ -158,7 +158,7 @@ def test_no_pixel_outside_the_box_changes_or_tells_on_the_inside():
 def test_images_without_any_operation_are_unchanged_to_the_bit():
     images, params, boxes = everything()
     images = images.float()
-    result, _ = photometric(images, dict(nothing(48), jitter=torch.arange(48) % 2 == 0), boxes)
+    result, _ = photometric(images, dict(nothing(48), colour=torch.arange(48) % 2 == 0), boxes)
     assert torch.equal(result[1::2], images[1::2]) and not torch.equal(result[::2], images[::2])
 
 

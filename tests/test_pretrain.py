@@ -45,7 +45,7 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
     """
     paths = [os.path.join(photos, name) for name in sorted(os.listdir(photos))]
     pasting = method in ("cp", "insloc")
-    views = Views(paths, 0, 64, (32, 64) if pasting else None, (.5, 2) if pasting else (3 / 4, 4 / 3))
+    views = Views(paths, 0, 64, (32, 64) if pasting else None)
     make_group = MakeGroup(0, 64, pasting, jitter=method == "insloc", flip_moves_box=composite)
     torch.manual_seed(0)
     encoder_q = FPNEncoder("narrow18") if arch == "fpn" else C4Encoder("narrow18", roi_size=4)
@@ -59,7 +59,7 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
     def encode(encoder, views_of_group, jittered):
         images = torch.stack([view["images"] for view in views_of_group]).to(dtype) / 255
         params = {name: torch.stack([view[name] for view in views_of_group]) for name in views_of_group[0]}
-        true, jittered_boxes = params["boxes"], params["jittered"]
+        true, jittered_boxes = params["boxes"], params["drawn_boxes"]
         images, _ = photometric(images, params, true if pasting and not composite else None)
         images = torchvision.transforms.functional.normalize(images, (.485, .456, .406), (.229, .224, .225))
         if method == "moco":
@@ -389,7 +389,7 @@ def test_composites_show_the_boxes(here, photos, tmp_path):
             assert pure.any() == (name == "query")
             blue += pure.any()
     assert blue == 6
-    assert all((anchors == box).all(dim=1).any() for box in group["query"]["jittered"])
+    assert all((anchors == box).all(dim=1).any() for box in group["query"]["drawn_boxes"])
 
 
 def test_bf16_follows_fp32(here, photos, tmp_path):

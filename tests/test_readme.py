@@ -172,7 +172,7 @@ def test_messages_are_those_of_the_program():
 
 def write_toy(folder, count):
     numbers = f"--train {count} --val 1 --det-train 1 --det-val 1".split()
-    subprocess.run([sys.executable, f"{HERE}/tests/toy.py", "toy", *numbers], cwd=folder, check=True,
+    subprocess.run([sys.executable, f"{HERE}/tools/toy.py", "toy", *numbers], cwd=folder, check=True,
                    capture_output=True)
 
 

@@ -25,7 +25,7 @@ def test_generators_are_decided_by_their_whole_key():
     ((4.0, 5.0), (0.5, 2.0)), ((4.0, 5.0), (0.25, 1.0))])               # larger than the image: all fall back
 @pytest.mark.parametrize("high", [8, 80, 800])
 def test_crops_are_torchvisions_draw_by_draw(arguments, high):
-    scale, ratio = arguments or ((0.2, 1.0), (0.5, 2.0))                # the release's
+    scale, ratio = arguments or ((0.2, 1.0), (3 / 4, 4 / 3))            # MoCo v2's
     for seed, (height, width) in enumerate(np.random.default_rng(0).integers(1, high, (300, 2)).tolist()):
         torch.manual_seed(seed)
         expected = RandomResizedCrop.get_params(torch.empty(1, height, width), scale, ratio)

@@ -1,14 +1,14 @@
 """Speed and memory, each figure a ratio within one run: rows of a table, and a JSON line a row in --json.
 
-    python tests/bench.py train [IMAGES]      # the program against the textbook loop, end to end
-    python tests/bench.py loader [IMAGES]     # a loader worker against the textbook's and bare decoding
-    python tests/bench.py step --arch c4      # the step against its bare encoder passes
-    python tests/bench.py compile --arch c4   # the step without and with --compile
-    python tests/bench.py precision [IMAGES]  # the loss of bf16 beside that of fp32
-    python tests/bench.py memory [IMAGES]     # of the GPU; of a loader worker
-    python tests/bench.py ranks [IMAGES]      # two processes of one thread against one, on the CPU
-    python tests/bench.py kernels             # kernels and bytes of a step's parts, counted without a GPU
-    python tests/bench.py parts --arch c4     # the same parts by the clock, on a GPU by torch.profiler, too
+    python tools/bench.py train [IMAGES]      # the program against the textbook loop, end to end
+    python tools/bench.py loader [IMAGES]     # a loader worker against the textbook's and bare decoding
+    python tools/bench.py step --arch c4      # the step against its bare encoder passes
+    python tools/bench.py compile --arch c4   # the step without and with --compile
+    python tools/bench.py precision [IMAGES]  # the loss of bf16 beside that of fp32
+    python tools/bench.py memory [IMAGES]     # of the GPU; of a loader worker
+    python tools/bench.py ranks [IMAGES]      # two processes of one thread against one, on the CPU
+    python tools/bench.py kernels             # kernels and bytes of a step's parts, counted without a GPU
+    python tools/bench.py parts --arch c4     # the same parts by the clock, on a GPU by torch.profiler, too
 
 On a GPU the paper's recipe, on the CPU a ResNet-18 at 128 px, with --tiny only whether it runs; what follows
 `--` goes to pretrain.py. Without IMAGES pictures are made up. No test asserts a time: machines differ and are
@@ -125,7 +125,7 @@ class Textbook(torch.utils.data.Dataset):
         sample = []
         for _ in range(2):
             composite = self.read(rng.randrange(len(self))).resize((size, size), PIL.Image.BILINEAR)
-            crop = T.RandomResizedCrop.get_params(image, (0.2, 1.0), (0.5, 2.0))
+            crop = T.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
             w, h = rng.randint(size // 2, size), rng.randint(size // 2, size)
             x, y = rng.randint(0, size - w), rng.randint(0, size - h)
             composite.paste(V1.resized_crop(image, *crop, (h, w)), (x, y))

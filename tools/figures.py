@@ -1,6 +1,6 @@
 """The pictures of README and docs, drawn from generated images by the method's own code.
 
-    python tests/figures.py toy/images docs         # after `make demo` or `python tests/toy.py toy`
+    python tools/figures.py toy/images docs         # after `make demo` or `python tools/toy.py toy`
 
 OUT/composites.png  four samples, query and key, as pretrain.py draws them
 OUT/step.png    one instance through a step, Fig. 2 of the paper with the names of insloc.py
@@ -96,7 +96,7 @@ def draw_step(args, paths, out, i=2):
         if side == "query":
             for anchor in anchors[box_iou(view["boxes"][i:i + 1], anchors)[0] > 0.5][::5]:
                 frame(axes, (6.125, y - 0.625), anchor, unit, BLUE, 0.25, zorder=3)
-            frame(axes, (6.125, y - 0.625), view["jittered"][i], unit, BLUE, 2.2, zorder=3)
+            frame(axes, (6.125, y - 0.625), view["drawn_boxes"][i], unit, BLUE, 2.2, zorder=3)
         arrow(axes, (3.35, y), (4.08, y), "paste")
         arrow(axes, (5.4, y), (6.08, y), "photo-\nmetric" if side == "query" else "shuffle,\nphoto-\nmetric")
         arrow(axes, (7.45, y), (8.1, y))

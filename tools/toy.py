@@ -1,6 +1,6 @@
 """A toy world of generated pictures, in the three layouts that the stages read.
 
-    python tests/toy.py OUT [--seed 0] [--train 512] [--val 128] [--det-train 160] [--det-val 60]
+    python tools/toy.py OUT [--seed 0] [--train 512] [--val 128] [--det-train 160] [--det-val 60]
 
 OUT/images/{train,val}/CLASS/*.jpg   one large shape a picture, its class the folder   pretrain.py, probe_*.py
 OUT/swatches/{train,val}/HUE/*.jpg   a pattern alone, twice as many, the folder a hue  `make demo`

@@ -27,8 +27,9 @@ except ImportError:                                     # `missing` says so
     FakeTensor = FakeStore = None
     FakeTensorMode = object
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
-FOLDERS = (TESTS, os.path.dirname(TESTS))
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TOOLS)
+FOLDERS = (ROOT, TOOLS, os.path.join(ROOT, "tests"))
 aten = torch.ops.aten
 # What starts no kernel.
 VIEWS = set("device view expand permute transpose select slice unsqueeze squeeze detach t unbind split alias "
