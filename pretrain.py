@@ -403,8 +403,9 @@ def start_events(out, step):
     return SummaryWriter(out, purge_step=step + 1)
 
 
-def log(out, events, record, last_step, seconds_left):
+def log(out, events, record, last_step, seconds_a_step):
     """A step's numbers, to the terminal, log.jsonl and TensorBoard."""
+    seconds_left = seconds_a_step * (last_step - record["step"])
     say(f"step {record['step']}/{last_step}  epoch {record['epoch']}  loss {record['loss']:.3f}  "
         f"acc_queue {record['acc_queue']:.3f}  acc_batch {record['acc_batch']:.3f}  "
         f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  "
@@ -436,6 +437,13 @@ def save(out, state):
     failure = stage.gather_objects(failure)[0]
     if failure:
         stage.leave(failure)
+
+
+def check_share(unreadable, paths):
+    """All ranks leave if more than 1 % of the images cannot be read. unreadable: their indices, all ranks'."""
+    if len(unreadable) > len(paths) / 100:
+        names = ", ".join(repr(os.fsdecode(paths[index])) for index in sorted(unreadable)[:10])
+        stage.leave(f"{len(unreadable)} of {len(paths)} images cannot be read, over 1 %: {names}")
 
 
 def introduce(args, n_images, encoder, epoch_steps):
@@ -597,8 +605,7 @@ def main(rank, device, args, paths, data_digest):
                       "data_wait": waited / (now - logged_at), "queue_filled": queue.filled.item(),
                       "memory_gb": peak_memory(device)}
             if rank == 0:
-                seconds_left = (now - started) / (step - first_step) * (last_step - step)
-                log(args.out, events, record, last_step, seconds_left)
+                log(args.out, events, record, last_step, (now - started) / (step - first_step))
             totals.zero_()
             logged_step = step
             logged_at = now
@@ -611,9 +618,7 @@ def main(rank, device, args, paths, data_digest):
                 stage.attempt("loss.png", save_curves, args.out, chance, args.queue_size, args.batch_size)
         if step % epoch_steps == 0:
             unreadable = set().union(*stage.gather_objects(unreadable))
-            if len(unreadable) > len(paths) / 100:
-                names = ", ".join(repr(os.fsdecode(paths[index])) for index in sorted(unreadable)[:10])
-                stage.leave(f"{len(unreadable)} of {len(paths)} images cannot be read, over 1 %: {names}")
+            check_share(unreadable, paths)
         if stop and step < last_step:
             stage.leave(f"stopped by {signal.Signals(stop).name} after step {step}; the same command with "
                         "--resume goes on", status=128 + stop)
