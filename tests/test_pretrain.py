@@ -731,9 +731,9 @@ def test_a_list_through_a_shells_pipe(photos, tmp_path):
     os.close(read)
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+@pytest.mark.parametrize("kind", ["tar", "gztar", "zip"])
 def test_an_archive_as_data_is_refused_and_not_read(here, monkeypatch, photos, tmp_path, kind):
-    path = shutil.make_archive(tmp_path / "data", {"tar": "tar", "tar.gz": "gztar", "zip": "zip"}[kind], photos)
+    path = shutil.make_archive(tmp_path / "data", kind, photos)
     with open(path, "ab") as f:
         f.truncate(2 ** 40)                                 # sparse: to read it all is a MemoryError
     status, _, err = here(*SMALL, "--out", tmp_path / "out", path)
