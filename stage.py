@@ -243,10 +243,10 @@ def start_processes(count, main, args, prepared):
         for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        codes = [None]                                              # None: that process still runs
+        codes = [None] * count                                      # None: that process still runs
         while None in codes and not any(codes):
-            alive = [process.sentinel for process in context.processes if process.is_alive()]
-            multiprocessing.connection.wait(alive)
+            running = [process.sentinel for process, code in zip(context.processes, codes) if code is None]
+            multiprocessing.connection.wait(running)
             codes = [process.exitcode for process in context.processes]
         if not any(codes):
             return
