@@ -141,14 +141,9 @@ def find_data(args):
         root = os.fsencode(data)
         names = stage.find_images(data)
     else:
-        root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
-        names = read_list(data)
-        if data.startswith(PIPES):
-            root = b""
-    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
-    if missing:
-        raise stage.Refusal(f"{data}: {len(missing)} of {len(names)} listed files do not exist, the first is "
-                            f"{os.fsdecode(missing[0])[:200]!r}")
+        # Relative paths start at the folder of the list.
+        root = b"" if data.startswith(PIPES) else os.path.dirname(os.fsencode(data))
+        names = read_list(data, root)
     needed = f"--preview {args.preview}" if args.preview else f"--batch-size {args.batch_size}"
     if len(names) < (args.preview or args.batch_size):
         raise stage.Refusal(f"{data} has {len(names)} images, less than {needed}; looked for: "
@@ -175,8 +170,8 @@ def choose_split(folder):
     return train
 
 
-def read_list(path):
-    """The names in a text file, one a line or ended by zero bytes. Refuses what is no such file."""
+def read_list(path, root):
+    """The names in a text file, one a line or ended by zero bytes. Refuses what is no list of files."""
     if not (os.path.isfile(path) or path.startswith(PIPES) and os.path.exists(path)):
         raise stage.Refusal(f"{path}: no such file or folder")
     with stage.touching(path), open(path, "rb") as f:
@@ -186,7 +181,12 @@ def read_list(path):
                                 "the folder")
         text += f.read()
     names = text.split(b"\0") if b"\0" in text else text.splitlines()
-    return [name for name in names if name]
+    names = [name for name in names if name]
+    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+    if missing:
+        raise stage.Refusal(f"{path}: {len(missing)} of {len(names)} listed files do not exist, the first is "
+                            f"{os.fsdecode(missing[0])[:200]!r}")
+    return names
 
 
 def make_data(args, paths):

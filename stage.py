@@ -383,10 +383,10 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
         except (Refusal, *data_errors) as error:
             raise Refusal(last_line(error)) from error
         except (OSError, EOFError, RuntimeError) as error:
-            if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
+            if not workers or "in DataLoader worker process" in str(error):     # torch says so of the code
                 raise
             end_workers()
-            with contextlib.suppress(OSError):      # Python removes it in the end, and complains if it is gone
+            with contextlib.suppress(OSError):      # at exit Python removes it, and complains if it is gone
                 os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
             raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
                           "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
