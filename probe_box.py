@@ -3,24 +3,25 @@
     python probe_box.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
     python probe_box.py runs/insloc_c4 /data/imagenet --boxes TRAIN.json TRAIN_DIR VAL.json VAL_DIR
 
-By pasting and by jittered boxes the RoI feature of an instance shall become the instance's alone, the paper says.
+By pasting and by jittered boxes an instance's RoI feature should become the instance's alone, says the paper.
 It does not measure that. These three protocols do; they are ours. A random net stands beside the given one.
 
 `swap`: each image is pasted at one place on two backgrounds, and should have the same feature. Nothing is
 trained. swap.png shows on which pixels the feature depends.
 
-`loose`: a detector never has the true box, and its head does two things with the feature of a loose one. A linear
-layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU > .5 stand
-beside each pasted box, and it is measured how alike their features are to its own; whether a linear layer that
-was trained on pasted boxes names the class from loose ones (where DATA has class folders); and how much of the
-offsets a linear layer explains (R2: 1 is all, 0 is chance). Since the corners of an anchor explain much without
-any picture, it is also measured what the feature explains beyond them. loose.png shows corrected boxes.
+`loose`: a detector does not know the true box, and its head does two things with the feature of a loose one.
+A linear layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU
+> .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that was
+trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the offsets
+does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them without
+any picture, so the part that features explain beyond the corners is given, too. loose.png shows corrections.
 
-`boxes`: the same for the boxes of photographs, which are squashed to the canvas.
+`boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """
 import argparse
 import copy
 import json
+import math
 import os
 
 import torch
@@ -52,7 +53,7 @@ def get_args(argv=None):
     add("--train-images", type=int, default=2000, help="the same of train, for the linear layers [ours]")
     add("--image-size", type=int, default=224, help="side of the canvas [ours: as probe_loc.py]")
     add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [ours: as probe_cls.py]")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
     add_weights_arguments(parser)
     stage.add_machine_arguments(parser, "runs/box_WEIGHTS")
     args = parser.parse_args(argv)
@@ -72,14 +73,12 @@ def get_args(argv=None):
 
 def find_data(args):
     """The splits train and val of DATA, those of --boxes (none without it), and a digest of all."""
-    *paths, digest = stage.find_splits(args)
-    classes = []
-    for split, of_split in zip(("train", "val"), paths):
-        folder = os.path.join(args.data, split, "")
-        classes.append([os.path.dirname(path.removeprefix(folder)).split(os.sep)[0] for path in of_split])
-    if set(classes[0]) != set(classes[1]):                  # the folders are no classes
-        classes = [[""] * len(of_split) for of_split in paths]
-    images = [list(zip(*columns)) for columns in zip(paths, classes)]
+    train, val, digest = stage.find_splits(args)
+    images = [with_folders(train, os.path.join(args.data, "train", "")),
+              with_folders(val, os.path.join(args.data, "val", ""))]
+    classes = [{folder for _, folder in split} for split in images]
+    if classes[0] != classes[1]:                                        # the folders are no classes
+        images = [[(path, "") for path in paths] for paths in (train, val)]
     boxes = []
     if args.boxes:
         boxes = [read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:])]
@@ -88,8 +87,13 @@ def find_data(args):
     return images, boxes, digest
 
 
+def with_folders(paths, root):
+    """[(path, the folder in `root` that holds it, or "")]."""
+    return [(path, os.path.dirname(path.removeprefix(root)).split(os.sep)[0]) for path in paths]
+
+
 def read_boxes(json_path, folder):
-    """[(image file, category id, (x1, y1, x2, y2))] of a COCO json, crowds left out. Refusal if it is none."""
+    """[(image file, category id, (x1, y1, x2, y2))] of a COCO json without its crowds, or a Refusal."""
     boxes = []
     try:
         with open(json_path) as file:
@@ -100,7 +104,8 @@ def read_boxes(json_path, folder):
             if not entry.get("iscrowd"):
                 boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h)))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise stage.Refusal(f"{json_path} is no COCO json of boxes: {type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from None
     if len(boxes) < 20:
         raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 20 are needed, some hundreds wanted")
     return boxes
@@ -109,8 +114,8 @@ def read_boxes(json_path, folder):
 class Composites(torch.utils.data.Dataset):
     """Pictures 2 i and 2 i + 1: image i, pasted on two others. Items: uint8 (3, S, S), boxes (M, 4).
 
-    The sides of the pasted box, which is box 0, are U{S / 2..3 S / 4}. The other boxes are loose. Images 2 j and
-    2 j + 1 share their two backgrounds, place and size.
+    The sides of the pasted box, which is box 0, are U{S / 2..3 S / 4}. The other boxes are loose. Images 2 j
+    and 2 j + 1 share their two backgrounds, place and size.
     """
 
     def __init__(self, entries, size, seed):
@@ -140,7 +145,7 @@ class Composites(torch.utils.data.Dataset):
 
 
 class Photographs(torch.utils.data.Dataset):
-    """The boxes of photographs: uint8 (3, S, S), the whole photograph squashed, and boxes (M, 4), box 0 the real one."""
+    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), of which 0 is the real one."""
 
     def __init__(self, entries, size, seed):
         self.entries, self.size, self.seed = entries, size, seed
@@ -183,8 +188,8 @@ def estimate_batchnorm(net, batches):
 def pixel_energy(features, images, seeds):
     """How much features (N, D) depend on each pixel of images (N, 3, S, S) that require grad: (N, S, S).
 
-    It is the squared gradient of features . v, v a random direction by its seeds. Its mean over directions is the
-    squared norm of the Jacobian, |d features / d pixel|^2. Frees the graph.
+    It is the squared gradient of features . v, v a random direction by its seeds. Its mean over directions is
+    the squared norm of the Jacobian, |d features / d pixel|^2. Frees the graph.
     """
     v = torch.stack([torch.randn(features.shape[1], generator=generator_for(*words)) for words in seeds])
     gradient, = torch.autograd.grad((features * v.to(features.device)).sum(), images)
@@ -222,7 +227,7 @@ def draw_swap(nets, dataset, path):
     Brightness is the root of the energy, relative to the picture's largest.
     """
     pictures, boxes = zip(*[dataset[item] for item in range(4)])
-    images = torch.stack(pictures)                                                               # (4, 3, S, S)
+    images = torch.stack(pictures)                                                              # (4, 3, S, S)
     boxes = torch.stack(boxes)[:, :1]                                                            # (4, 1, 4)
     rows = [images]
     for net in nets.values():
@@ -263,30 +268,28 @@ def moved_by(loose, offsets):
 
 
 def ridge(x, y, held_out):
-    """A linear layer, by ridge regression of y (N, K) on x (N, D) in closed form, all float64.
+    """A linear layer: ridge regression of y (N, K) on x (N, D), in closed form, all float64.
 
-    It minimises mean |y - layer(x)|^2 + s |weight|^2, where s is the one of STRENGTHS, in units of x's mean variance,
-    with the least error on the first `held_out` rows. The other rows train.
+    It minimises mean |y - layer(x)|^2 + s v |weight|^2, where v is the mean variance of x. The first
+    `held_out` rows choose s out of STRENGTHS; the others train.
     """
-    x_mean, y_mean = x[held_out:].mean(dim=0), y[held_out:].mean(dim=0)
-    x_fit, y_fit = x[held_out:] - x_mean, y[held_out:] - y_mean
-    values, vectors = torch.linalg.eigh(x_fit.T @ x_fit / len(x_fit))
-    projected = vectors.T @ (x_fit.T @ y_fit) / len(x_fit)                                       # (D, K)
-    best = float("inf")
+    x_fit, y_fit = x[held_out:], y[held_out:]
+    x_mean, y_mean = x_fit.mean(dim=0), y_fit.mean(dim=0)
+    covariance = x_fit.T @ x_fit / len(x_fit) - torch.outer(x_mean, x_mean)                      # (D, D)
+    with_y = x_fit.T @ (y_fit - y_mean) / len(x_fit)                                             # (D, K)
+    values, vectors = torch.linalg.eigh(covariance)
+    least = math.inf
     layer = nn.Linear(x.shape[1], y.shape[1], dtype=torch.float64).requires_grad_(False)
     for strength in STRENGTHS:
-        weight = vectors @ (projected / (values + strength * values.mean())[:, None])
-        error = ((x[:held_out] - x_mean) @ weight + y_mean - y[:held_out]).square().mean()
-        if error < best:
-            best = error
+        shrunk = values.clamp(min=0) + strength * values.mean()
+        weight = vectors @ (vectors.T @ with_y / shrunk[:, None])                                # (D, K)
+        bias = y_mean - x_mean @ weight
+        error = (x[:held_out] @ weight + bias - y[:held_out]).square().mean()
+        if error < least:
+            least = error
             layer.weight.copy_(weight.T)
-            layer.bias.copy_(y_mean - x_mean @ weight)
+            layer.bias.copy_(bias)
     return layer
-
-
-def overlap(boxes):
-    """IoU of box 0 with each of the others: (N, M, 4) -> (N, M - 1)."""
-    return torch.stack([box_iou(of_item[:1], of_item[1:])[0] for of_item in boxes])
 
 
 def corner_terms(boxes, size):
@@ -306,8 +309,8 @@ def explained(y, guess):
 def offset_scores(train, val, size):
     """What explains the offsets from loose boxes to the pasted ones (R2), and the layer that reads them.
 
-    train, val: features (N, M, D), boxes (N, M, 4). The offsets are explained by the features; by the corners of the
-    loose boxes; by the features beyond the corners, when what these explain is taken out of both.
+    train, val: features (N, M, D), boxes (N, M, 4). The offsets are explained by the features; by the corners
+    of the loose boxes; by the features beyond the corners, when what these explain is taken out of both.
     """
     held_out = max(1, len(train[0]) // 10) * LOOSE
     x_train, x = [features[:, 1:].flatten(0, 1).double() for features, _ in (train, val)]
@@ -340,7 +343,7 @@ def class_scores(train_features, train_classes, features, classes):
 
 
 def draw_loose(lines, dataset, path):
-    """A row for each line: pictures with their box in green, a loose one in red, its correction in blue."""
+    """A row for each line: pictures with their box in green, a loose one in red, its correction in yellow."""
     cells = []
     for line in lines:
         for item, *corners in line["examples"]:
@@ -348,11 +351,11 @@ def draw_loose(lines, dataset, path):
             factor = max(1, 224 // image.shape[1])
             image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
             boxes = (factor * torch.tensor(corners)).clamp(0, image.shape[1] - 1)
-            cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "blue"], width=2) / 255)
+            cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
     save_image(cells, path, nrow=len(lines[0]["examples"]))
 
 
-def main(rank, device, args, images, boxes, data_digest):
+def main(rank, device, args, images, real, data_digest):
     # ---- the frozen nets, and the run in --out, if it goes on
     nets, sources = frozen_nets(args, args.arch, device)
     settings, state = stage.start_probe(args, nets, data_digest, progress="lines")
@@ -367,14 +370,17 @@ def main(rank, device, args, images, boxes, data_digest):
     train = Composites(some_of(images[0], args.train_images, "subset"), args.image_size, args.seed)
     val = Composites(some_of(images[1], args.images, "swap"), args.image_size, args.seed)
     data = {"swap": (train, val), "loose": (train, val)}
-    if boxes:
-        data["boxes"] = (Photographs(some_of(boxes[0], args.train_images, "boxes"), args.image_size, args.seed),
-                         Photographs(some_of(boxes[1], args.images, "boxes"), args.image_size, args.seed))
-    sizes = [f"{protocol} {len(data[protocol][0])} + {len(data[protocol][1])}" for protocol in args.protocol]
-    stage.say(f"pictures of train + val: {', '.join(sizes)}; {args.world} x {args.device}")
+    if real:
+        train = Photographs(some_of(real[0], args.train_images, "boxes"), args.image_size, args.seed)
+        val = Photographs(some_of(real[1], args.images, "boxes"), args.image_size, args.seed)
+        data["boxes"] = (train, val)
+    for protocol in args.protocol:
+        train, val = data[protocol]
+        stage.say(f"{protocol}: {len(train)} pictures of train, {len(val)} of val")
+    stage.say(f"{args.world} x {args.device}")
 
     def load(dataset, items):
-        """Batches of some items of a data set: items (n,), x (n, 3, S, S), normalised, and boxes (n, M, 4)."""
+        """Batches of some items of a data set: items (n,), pictures (n, 3, S, S), boxes (n, M, 4)."""
         loader = torch.utils.data.DataLoader(
             dataset, batch_size=64, sampler=items.tolist(), num_workers=args.workers,
             pin_memory=args.device == "cuda", multiprocessing_context="fork" if args.workers else None)
@@ -384,13 +390,11 @@ def main(rank, device, args, images, boxes, data_digest):
     def own_part(dataset):
         return torch.arange(len(dataset)).tensor_split(args.world)[rank]
 
-    def features_of(net, pictures, boxes):
-        """The RoI features (n, M, D) and the net's input, which has a gradient unless autograd is off."""
-        x = net.pixels(pictures).contiguous(memory_format=torch.channels_last)
-        x.requires_grad_(torch.is_grad_enabled())
+    def features_of(net, x, boxes):
+        """A net's input (n, 3, S, S), boxes (n, M, 4) -> RoI features (n, M, D), float32."""
         with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-            features = net.features(x, boxes)                                                    # (n * M, L, D)
-        return features.float().unflatten(0, boxes.shape[:2]).flatten(2), x
+            features = net.features(x, boxes)                                                   # (n * M, L, D)
+        return features.float().unflatten(0, boxes.shape[:2]).flatten(2)
 
     def gather(parts):
         """The rows of all ranks, on every rank, on the CPU."""
@@ -399,57 +403,64 @@ def main(rank, device, args, images, boxes, data_digest):
             stage.leave("the weights give features, or gradients, that are not finite")
         return rows
 
-    def swap(net, dataset):
+    def swap(net, val):
+        """The figures of `swap`."""
         parts, shares = [], []
-        for batch, pictures, boxes in load(dataset, own_part(dataset)):
-            features, x = features_of(net, pictures, boxes[:, :1])                               # (n, 1, D)
+        for batch, pictures, boxes in load(val, own_part(val)):
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_()
+            features = features_of(net, x, boxes[:, :1])[:, 0]                                   # (n, D)
             seeds = [(args.seed, "direction", image) for image in (batch // 2).tolist()]
-            energy = share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0])
+            energy = share_inside(pixel_energy(features, x, seeds), boxes[:, 0])
             area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
-            parts.append(features.detach()[:, 0])
+            parts.append(features.detach())
             shares.append(torch.stack([energy, area], dim=1))
+        features = gather(parts).unflatten(0, (-1, 2))                  # an image on its two backgrounds
         inside, area = gather(shares).mean(dim=0).tolist()
-        return {**swap_scores(gather(parts).unflatten(0, (-1, 2))), "chance": 200 / len(dataset),
-                "gradient_inside": inside, "area_inside": area}
+        return {**swap_scores(features), "chance": 100 / len(features), "gradient_inside": inside,
+                "area_inside": area}
 
     @torch.no_grad()
     def encode(net, dataset):
-        """The pictures where an anchor has IoU > .5: features (N, M, D), boxes (N, M, 4), classes, items (N,)."""
+        """The pictures with loose boxes: features (N, M, D), boxes (N, M, 4), classes, items (N,)."""
         parts, box_parts = [], []
         for _, pictures, boxes in load(dataset, own_part(dataset)):
-            parts.append(features_of(net, pictures, boxes)[0])
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last)
+            parts.append(features_of(net, x, boxes))
             box_parts.append(boxes)
         features, boxes = gather(parts), gather(box_parts)
-        iou = torch.stack([box_iou(row[:1], row[1:])[0, 0] for row in boxes])
-        items = (iou > 0.5).nonzero()[:, 0]
+        iou = torch.stack([box_iou(of_picture[:1], of_picture[1:2]) for of_picture in boxes]).flatten()
+        items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
         if len(items) < 20:
-            stage.leave("fewer than 20 pictures of a split have an anchor with IoU > .5 of their box")
+            stage.leave("fewer than 20 boxes of a split have an anchor with IoU > .5")
         return features[items], boxes[items], [dataset.classes[item] for item in items], items
 
     def loose(net, train, val):
+        """The figures of `loose` and `boxes`, and eight examples: item, its box, a loose one, its correction."""
         train_features, train_boxes, train_classes, _ = encode(net, train)
         features, boxes, classes, items = encode(net, val)
-        pasted = features[:, :1] - features[:, :1].mean(dim=0)
+        own = features[:, :1] - features[:, :1].mean(dim=0)
         others = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
-        cosine = F.cosine_similarity(pasted, others, dim=2).mean().item()
-        of_class = class_scores(train_features, train_classes, features, classes)
-        layer, of_offsets = offset_scores((train_features, train_boxes), (features, boxes), args.image_size)
+        cosine = F.cosine_similarity(own, others, dim=2).mean().item()
+        by_class = class_scores(train_features, train_classes, features, classes)
+        layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), args.image_size)
         corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
         corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
         examples = [[item, *of_item] for item, of_item in zip(items.tolist(), corners)]
-        return {"cosine": cosine, **of_class, **of_offsets, "pictures": len(items),
+        return {"cosine": cosine, **by_class, **by_offset, "pictures": len(items),
                 "left_out": len(val) - len(items), "examples": examples}
 
-    # A net's statistics of plain pictures would not fit composites, a trained net's do.
-    loose_nets = {name: net for name, net in nets.items() if name == "given"}
+    nets_of = dict.fromkeys(PROTOCOLS, nets)
     if args.protocol != ["swap"]:
-        loose_nets["random_bn"] = copy.deepcopy(nets["random"])
-        batches = load(train, torch.arange(min(1024, len(train))))
-        estimate_batchnorm(loose_nets["random_bn"], ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
+        # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too.
+        estimated = copy.deepcopy(nets["random"])
+        batches = load(data["loose"][0], torch.arange(min(1024, len(data["loose"][0]))))
+        estimate_batchnorm(estimated, ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
+        given = {name: net for name, net in nets.items() if name == "given"}
+        nets_of["loose"] = nets_of["boxes"] = {"random_bn": estimated, **given}
 
     found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
     for protocol in args.protocol:
-        for name, net in (nets if protocol == "swap" else loose_nets).items():
+        for name, net in nets_of[protocol].items():
             if (protocol, name) not in found:                           # else done before the run was stopped
                 train, val = data[protocol]
                 result = swap(net, val) if protocol == "swap" else loose(net, train, val)
@@ -464,13 +475,14 @@ def main(rank, device, args, images, boxes, data_digest):
     # ---- the results, and a picture for each protocol
     lines = list(found.values())
     stage.write_results(args, settings, nets, {"lines": lines, "sources": sources})
-    for protocol in args.protocol if rank == 0 else []:
-        path = os.path.join(args.out, f"{protocol}.png")
-        if protocol == "swap":
-            draw_swap(nets, val, path)
-        else:
-            draw_loose([line for line in lines if line["protocol"] == protocol], data[protocol][1], path)
-    stage.say(f"wrote {args.out}/results.json")
+    if rank == 0:
+        for protocol in args.protocol:
+            path = os.path.join(args.out, f"{protocol}.png")
+            if protocol == "swap":
+                draw_swap(nets, data["swap"][1], path)
+            else:
+                draw_loose([line for line in lines if line["protocol"] == protocol], data[protocol][1], path)
+    stage.say(f"chance is 0 for cosines and offsets; wrote {args.out}/results.json")
 
 
 if __name__ == "__main__":

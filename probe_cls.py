@@ -3,10 +3,11 @@
     python probe_cls.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
     python probe_cls.py runs/insloc_c4 /data/imagenet --knn 20        # in minutes, to watch a run
 
-The trunk is read as a plain ResNet, by the mean over its last map: C4's RoI head (res5) stands behind res4, and
-an FPN is read at C5. The paper gives accuracies and no recipe, so one linear layer is trained by MoCo's. The net
-stays in eval mode and is compared at the end, bit for bit, with the one that came in. k-NN reads a random net,
-too. The linear layer does not, since that would double the time: give `random` for WEIGHTS, with a lower --lr.
+The trunk is read as a plain ResNet, by the mean over its last map: C4's RoI head (res5) stands behind res4,
+and an FPN is read at C5. The paper gives accuracies and no recipe, so a linear layer is trained by MoCo's. The
+net stays in eval mode and is compared at the end, bit for bit, with the one that came in. k-NN reads a random
+net, too. The linear layer does not, since that would double the time: give `random` for WEIGHTS, with a lower
+--lr.
 """
 import argparse
 import math
@@ -132,7 +133,7 @@ def main(rank, device, args, train, val, data_digest):
             yield batch.to(device), torch.cat(features).to(device)
 
     def encode_centres(net, images):
-        """The features (N, D) of the centre crops of all images, held once: those of ImageNet have 10.5 GB."""
+        """The features (N, D) of all images' centre crops, held once: those of ImageNet have 10.5 GB."""
         rows = None
         for batch, features in encode(net, images, -1, torch.arange(len(images))):
             if rows is None:

@@ -3,11 +3,11 @@
     python probe_loc.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
 
 The RoI feature of each of an image's 3x3 cells (C4: RoIAlign on res4, res5, mean; FPN: box head on P2 to P5;
-no projector, which transfer drops) goes to one linear layer that names the cell. The paper says no more: neither
-how the layer is trained, nor whether the net sees the cells in the image or one by one. So there are three
-protocols, and a random net beside the given one. `full` is our reading of the paper. There zero padding tells
-the place, and a random net beats trained ones (docs/results). `reflect` takes the zeros away. Compare weights
-under one protocol and one readout only.
+no projector, which transfer drops) goes to one linear layer that names the cell. The paper says no more:
+neither how the layer is trained, nor whether the net sees the cells in the image or one by one. So there are
+three protocols, and a random net beside the given one. `full` is our reading of the paper. There zero padding
+tells the place, and a random net beats trained ones (docs/results). `reflect` takes the zeros away. Compare
+weights under one protocol and one readout only.
 """
 import argparse
 import math
@@ -62,8 +62,8 @@ def grid_boxes(size, grid=3):
 class ProtocolImages(torch.utils.data.Dataset):
     """An image under a protocol: P pictures, uint8 (P, 3, h, w), and M boxes of each (P, M, 4).
 
-    `full`, `reflect`: the image and its cells. `alone`: a picture for each cell, not resampled, since resampling
-    some of them would blur these alone.
+    `full`, `reflect`: the image and its cells. `alone`: a picture for each cell, not resampled, since
+    resampling some of them would blur these alone.
     """
 
     def __init__(self, paths, protocol, size, grid):
@@ -128,7 +128,7 @@ def main(rank, device, args, train, val, data_digest):
     stage.say(f"{len(train)} train, {len(val)} val images; {args.world} x {args.device}")
 
     def encode(net, paths, protocol):
-        """RoI features (N, M, D) of the M cells of N images, on every rank; each encodes a part of the images."""
+        """RoI features (N, M, D) of the M cells of N images, on every rank; each encodes a part of them."""
         pad_by(net, "reflect" if protocol == "reflect" else "zeros")
         own = torch.arange(len(paths)).tensor_split(args.world)[rank]
         loader = torch.utils.data.DataLoader(
@@ -169,7 +169,8 @@ def main(rank, device, args, train, val, data_digest):
             stage.say(f"{protocol:8} {name:7} top-1 {line['top1']:.2f} %, at the rate {line['lr']:g}")
 
     # ---- the results, below them the paper's
-    stage.write_results(args, settings, nets, {"lines": list(found.values()), "paper": PAPER, "sources": sources})
+    lines = list(found.values())
+    stage.write_results(args, settings, nets, {"lines": lines, "paper": PAPER, "sources": sources})
     stage.say(f"chance: top-1 {100 / args.grid ** 2:.2f} %")
     if "full" in args.protocol and args.grid == 3:
         rows = ", ".join(f"{method} {top1}" for method, top1 in PAPER.items())

@@ -403,8 +403,8 @@ def find_images(folder, say=print):
 def start_probe(args, nets, images, progress=None):
     """The settings of a probe's run and the checkpoint that it goes on from, or None.
 
-    nets: its frozen networks; images: a digest of its images; progress: the checkpoint's list that grows, None
-    if the probe keeps no checkpoint. All processes leave if theirs differ.
+    nets: its frozen networks; images: a digest of its images; progress: the checkpoint's list that grows, or
+    None if the probe keeps no checkpoint. All processes leave if theirs differ.
     """
     settings = {**vars(args), "images": images, "nets": digest_of(nets)}
     free = LOCAL | {"world", "weights", "trust", "boxes"}           # the digests stand for these
@@ -433,7 +433,7 @@ def digest_of(nets):
 
 
 def write_results(args, settings, nets, results):
-    """Writes the dict `results` with a probe's settings to results.json, if its networks are still the same."""
+    """Writes the dict `results` and a probe's settings to results.json, if its networks are still the same."""
     if digest_of(nets) != settings["nets"]:
         raise Refusal("a frozen net has changed: the results are void")
     if not dist.is_initialized() or dist.get_rank() == 0:

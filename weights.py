@@ -235,7 +235,7 @@ def frozen_nets(args, arch, device):
     """A probe's networks {"random": net, "given": net} and {name: what it was read from}.
 
     The random net has the ResNet of WEIGHTS, and stands alone if they are `random`. What a file lacks of an
-    encoder is random, too. The networks are in eval mode, ask for no gradient, and `.pixels` makes their input
+    encoder is random, too. The networks are in eval mode and ask for no gradient; `.pixels` makes their input
     of uint8 images. Refusal if WEIGHTS cannot be read.
     """
     found = {"random": random_weights(args.resnet)}
@@ -248,15 +248,17 @@ def frozen_nets(args, arch, device):
     nets, sources = torch.nn.ModuleDict(), {}
     for name, weights in found.items():
         torch.manual_seed(args.seed)
-        roi_size = min(14, args.image_size // 16)                       # as pretrain.py chooses it
-        encoder = FPNEncoder(weights.resnet) if arch == "fpn" else C4Encoder(weights.resnet, roi_size=roi_size)
+        if arch == "fpn":
+            encoder = FPNEncoder(weights.resnet)
+            source = f"{weights.source}, {len(weights.extras)} tensors of its neck and box head"
+        else:
+            encoder = C4Encoder(weights.resnet, roi_size=min(14, args.image_size // 16))    # as pretrain.py
+            source = weights.source
         load_trunk(encoder.resnet, weights)
         encoder.load_state_dict(weights.extras, strict=False)           # those of an FPN mean nothing to C4
         encoder.pixels = Pixels(weights)
         nets[name] = encoder
-        sources[name] = weights.source
-        if arch == "fpn":
-            sources[name] += f", {len(weights.extras)} tensors of its neck and box head"
+        sources[name] = source
     return nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), sources
 
 
