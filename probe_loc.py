@@ -53,6 +53,9 @@ def get_args(argv=None):
     return args
 
 
+find_data = stage.find_splits
+
+
 def grid_boxes(size, grid=3):
     """The cells of a square of `size` pixels, row by row: (grid**2, 4). They tile it, whatever the size."""
     edge = torch.linspace(0, size, grid + 1)
@@ -179,4 +182,4 @@ def main(rank, device, args, train, val, data_digest):
 
 
 if __name__ == "__main__":
-    stage.launch(main, get_args(), stage.find_splits)
+    stage.launch(main, get_args(), find_data)
