@@ -570,7 +570,7 @@ def start_probe(args, nets, images, progress=None):
     """
     settings = {**vars(args), "images": images, "nets": digest_of(nets)}
     free = LOCAL | {"world", "weights", "trust", "boxes"}           # the digests stand for these
-    state = resume(args, settings, free, say) if progress else None
+    state = resume(args, settings, free) if progress else None
     check_ranks({**settings, "done": len(state[progress]) if state else 0})
     return settings, state
 
