@@ -106,8 +106,8 @@ def read_boxes(json_path, folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
-    if len(boxes) < 20:
-        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 20 are needed, some hundreds wanted")
+    if len(boxes) < 10:
+        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 10 are needed, some hundreds wanted")
     return boxes
 
 
@@ -145,7 +145,10 @@ class Composites(torch.utils.data.Dataset):
 
 
 class Photographs(torch.utils.data.Dataset):
-    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), of which 0 is the real one."""
+    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), box 0 the real one.
+
+    Each box decodes its photograph anew.
+    """
 
     def __init__(self, entries, size, seed):
         self.entries, self.size, self.seed = entries, size, seed
@@ -430,8 +433,8 @@ def main(rank, device, args, images, real, data_digest):
         features, boxes = gather(parts), gather(box_parts)
         iou = torch.stack([box_iou(of_picture[:1], of_picture[1:2]) for of_picture in boxes]).flatten()
         items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
-        if len(items) < 20:
-            stage.leave("fewer than 20 boxes of a split have an anchor with IoU > .5")
+        if len(items) < 10:
+            stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
         return features[items], boxes[items], [dataset.classes[item] for item in items], items
 
     def loose(net, train, val):
@@ -477,11 +480,13 @@ def main(rank, device, args, images, real, data_digest):
     stage.write_results(args, settings, nets, {"lines": lines, "sources": sources})
     if rank == 0:
         for protocol in args.protocol:
-            path = os.path.join(args.out, f"{protocol}.png")
+            name = f"{protocol}.png"
+            what = (data[protocol][1], os.path.join(args.out, name))
             if protocol == "swap":
-                draw_swap(nets, data["swap"][1], path)
+                stage.attempt(name, draw_swap, nets, *what)
             else:
-                draw_loose([line for line in lines if line["protocol"] == protocol], data[protocol][1], path)
+                of_protocol = [line for line in lines if line["protocol"] == protocol]
+                stage.attempt(name, draw_loose, of_protocol, *what)
     stage.say(f"chance is 0 for cosines and offsets; wrote {args.out}/results.json")
 
 

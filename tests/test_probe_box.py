@@ -143,7 +143,10 @@ def test_swap_scores_and_shares_against_loops():
     features = torch.randn(12, 2, 5, generator=torch.Generator().manual_seed(0)) + torch.randn(2, 5)
     sets = features.double().numpy() - features.double().numpy().mean(axis=0)
     sets /= np.linalg.norm(sets, axis=2, keepdims=True)
-    cosine = lambda i, s, j, t: sum(sets[i, s] * sets[j, t])
+
+    def cosine(i, s, j, t):
+        return sum(sets[i, s] * sets[j, t])
+
     same = np.mean([cosine(i, 0, i, 1) for i in range(12)])
     leak = np.mean([cosine(i, s, i + 1, s) for i in range(0, 12, 2) for s in (0, 1)])
     place = np.mean([cosine(i, s, i + 1, 1 - s) for i in range(0, 12, 2) for s in (0, 1)])
