@@ -511,7 +511,8 @@ def test_a_caffe_net_strides_in_its_1x1():
 
 def test_files_that_show_caffes_pixels_are_refused_without_input(few, tmp_path, refusal):
     torch.save(insloc.make_resnet("resnet18").state_dict(), tmp_path / "resnet18_caffe.pth")
-    assert "--input caffe" in refusal(probe_cls, tmp_path / "resnet18_caffe.pth", few, "--out", tmp_path / "out")
+    argv = [tmp_path / "resnet18_caffe.pth", few, "--out", tmp_path / "out"]
+    assert "--input caffe" in refusal(probe_cls, *argv)
 
 
 # ---- The frozen net --------------------------------------------------------------------------------------
