@@ -14,7 +14,7 @@ A linear layer names the class, another one regresses the offsets to the true bo
 > .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that
 was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the
 offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them
-without any picture, so what the features explain beyond the corners is given, too. loose.png shows some boxes.
+without any picture, so what the features explain beyond the corners is given, too. loose.png shows examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """

@@ -722,6 +722,17 @@ def test_an_image_that_does_not_open_is_named(script, more, workers, own, tmp_pa
     assert f"{bad} cannot be read" in line and not os.path.exists(tmp_path / "out" / "results.json")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@SHORT
+def test_a_bug_in_reading_keeps_its_traceback(script, more, workers, few, tmp_path, monkeypatch):
+    def planted(path):
+        return name_that_is_not_there                                                       # noqa: F821
+
+    monkeypatch.setattr(weights, "read_image", planted)
+    with pytest.raises(NameError, match="name_that_is_not_there"):
+        probe(script, *NARROW, few, *more, "--workers", workers, "--out", tmp_path)
+
+
 @pytest.mark.slow
 @SHORT
 def test_of_several_processes_one_names_the_image(script, more, own, tmp_path):
