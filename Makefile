@@ -48,13 +48,13 @@ demo-detect: install
 
 # What a change needs, in under five minutes on two quiet cores; then the rest: kills, processes, fine-tunings.
 test: install
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -o tmp_path_retention_policy=none -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -o tmp_path_retention_policy=none -m slow
 
 test-all: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -o tmp_path_retention_policy=none
 
 # On a machine with one NVIDIA GPU, without network: what only a GPU can tell, in about 20 minutes.
 # IMAGES=/data/imagenet/train if such a folder is at hand.
