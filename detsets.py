@@ -30,16 +30,17 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 
 import stage
 
-VOC_OBJECT = ("<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{}</difficult>"
-              "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
+VOC_OBJECT = ("<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated>"
+              "<difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+              "</bndbox></object>")
 
 
 @contextlib.contextmanager
-def reading(place):
-    """Makes any exception inside one line, a Refusal that names the place."""
+def reading(place, kinds=Exception):
+    """Makes exceptions inside one line, a Refusal that names the place. kinds: classes that are no bugs."""
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         ours = isinstance(error, (stage.Refusal, ValueError, OSError))
         kind = "" if ours else f"{type(error).__name__}: "          # the message alone may be a mere key
         raise stage.Refusal(f"{place}: {kind}{stage.last_line(error)[:300]}") from error
@@ -105,7 +106,7 @@ def mend_numbers(entry, categories):
 
 
 def are_corners(entries, images):
-    """Whether every bbox is x1 y1 x2 y2: all fit into their pictures so, and as x y w h some leave them by far."""
+    """Whether each bbox is x1 y1 x2 y2: all fit their pictures so, and as x y w h some leave them by far."""
     leaves = False
     for entry in entries:
         x, y, w, h = entry["bbox"]
@@ -142,7 +143,7 @@ def run_lengths(text):
     """The lengths that a compressed run-length mask states, by pycocotools' format."""
     lengths, value, shift = [], 0, 0
     for character in text:
-        bits = ord(character) - 48                                  # five of the value, and whether more follow
+        bits = ord(character) - 48                                  # five of the value, and if more follow
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -162,8 +163,9 @@ def mend_mask(mask, box, image):
         else:
             lengths = run_lengths(counts)
         if size != [image["height"], image["width"]] or sum(lengths) != math.prod(size) or min(lengths) < 0:
-            return None, "have a run-length mask that does not fill height x width of its picture"  # pycocotools
-        return {"size": size, "counts": counts}, None                                               # would hang
+            # pycocotools would never return, or decode memory that nobody wrote.
+            return None, "have a run-length mask that does not fill height x width of its picture"
+        return {"size": size, "counts": counts}, None
     if mask and (not isinstance(mask[0], list) or len(mask[0]) == 2):
         mask = [mask]                                               # one polygon, or its points in pairs
     for polygon in mask or ():
@@ -238,14 +240,17 @@ def mend(content, folder, masks, tenth, said):
             images[image_id] = mend_image(image, folder)
 
     if all(max(entry["bbox"]) <= 1 for entry in entries) and entries:
-        raise ValueError(f"bbox is {entries[0]['bbox']}, a share of the picture as in all annotations: COCO's "
-                         "bbox is x, y, width, height in pixels")
+        raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in "
+                         "this file; COCO's is x, y, width, height in pixels")
     corners = are_corners(entries, images)
     for i, entry in enumerate(entries):
         image = images[entry["image_id"]]
         fault = mend_box(entry, image, corners)
         if fault:
             said[fault].append(image["file_name"])
+    for entry in entries:
+        if not masks:
+            entry.pop("segmentation", None)
     if masks:
         mend_masks(entries, images, said)
     ids = {entry.get("id") for entry in entries}
@@ -324,57 +329,58 @@ def register(name, folder, labels, classes):
 
 
 def mend_set(args, name, folder, labels, said):
-    """Reads and mends a set. -> the json for detectron2, the folder of its pictures, its content"""
-    copy, masks = f"{args.out}/{name}.json", args.protocol != "voc-c4"
+    """Reads and mends a set. -> its content, the json that detectron2 reads, the folder of its pictures"""
+    copy = f"{args.out}/{name}.json"
+    tenth = args.protocol == "minicoco-c4" and name == "coco_train"
     if name.startswith("voc"):
-        before = read_voc(folder, labels, args.classes, said)
-        folder = f"{folder}/JPEGImages"
+        folder, content = f"{folder}/JPEGImages", read_voc(folder, labels, args.classes, said)
+        content = mend(content, folder, False, tenth, said)
+        write_voc(content, copy.removesuffix(".json"))
     else:
         before = json.loads(Path(labels).read_text())
-    content = mend(before, folder, masks, args.protocol == "minicoco-c4" and name == "coco_train", said)
-    if name.startswith("voc"):
-        write_voc(content, copy.removesuffix(".json"))
-    elif content == before:
-        return labels, folder, content                              # COCO itself: nothing had to change
+        content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
+        if content == before:                                       # COCO itself: nothing had to change
+            return content, labels, folder
     stage.write_atomically(copy, lambda file: file.write(json.dumps(content).encode()))
-    return copy, folder, content
+    return content, copy, folder
 
 
 def load_data(args):
     """Mends, counts and registers the protocol's sets. -> what all processes must know of them
 
     sets: [(detectron2's name, folder, json)], validation last; digests of their labels; images: of training;
-    masks: whether all boxes have one; run_length: whether a training mask is one; source: of validation.
+    masks: whether all boxes have one; run_length: whether one of training is no polygon; notes: lines, said
+    already; source: labels and folder of validation.
     """
-    data = SimpleNamespace(sets=[], digests=[], images=0, classes=None, masks=args.protocol != "voc-c4",
-                           run_length=False, notes=[])
+    data = SimpleNamespace(sets=[], digests=[], classes=None, images=0, masks=True, run_length=False,
+                           notes=[])
     for name, folder, labels in find_sets(args):
         data.source = f"{labels} of {folder}"
         said = collections.defaultdict(list)
         with reading(data.source):
-            labels, folder, content = mend_set(args, name, folder, labels, said)
-            classes = [entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])]
+            content, labels, folder = mend_set(args, name, folder, labels, said)
+            images, boxes = content["images"], content["annotations"]
+            for fault, places in said.items():
+                data.notes.append(f"{data.source}: {len(places)} of {len(boxes)} boxes {fault} "
+                                  f"(first: {places[0]})")
+                stage.say(data.notes[-1])
+            if all(box["iscrowd"] for box in boxes):
+                raise ValueError("no box, or crowds (iscrowd 1) alone")
+            categories = sorted(content["categories"], key=lambda entry: entry["id"])
+            classes = [entry["name"] for entry in categories]
             if data.classes not in (None, classes):
                 raise ValueError(f"its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
-            data.classes = classes
-            register(name, folder, labels, classes)
-            items = DatasetCatalog.get(name)
-        boxes = [box for item in items for box in item["annotations"] if not box["iscrowd"]]
-        if not boxes:
-            raise stage.Refusal(f"{data.source}: no box, or crowds (iscrowd 1) alone")
-        for fault, places in said.items():
-            data.notes.append(f"{data.source}: {len(places)} of {len(content['annotations'])} boxes {fault} "
-                              f"(first: {places[0]})")
-            stage.say(data.notes[-1])
-        data.masks = data.masks and "segmentation" in boxes[0]
-        digests = [stage.digest([repr((item["image_id"], item["annotations"])).encode()]) for item in items]
-        data.digests.append(stage.digest(digest.encode() for digest in digests))
+        register(name, folder, labels, classes)
         data.sets.append((name, folder, labels))
+        data.classes = classes
+        data.digests.append(stage.digest(repr(entry).encode() for entry in [*images, *boxes]))
+        data.masks = data.masks and "segmentation" in boxes[0]
         if name.endswith(("train", "trainval")):
-            data.run_length |= any(isinstance(box.get("segmentation"), dict) for box in boxes)
-            data.images += len(items)
+            data.images += len(images)
+            data.run_length |= any(isinstance(box.get("segmentation"), dict) and not box["iscrowd"]
+                                   for box in boxes)
         if args.protocol == "minicoco-c4" and name == "coco_train":
-            data.minicoco = [item["image_id"] for item in items]
+            data.minicoco = sorted(image["id"] for image in images)
             data.minicoco_digest = stage.digest(str(image).encode() for image in data.minicoco)
     return data
 
@@ -401,6 +407,31 @@ def perfect(item):
     return found
 
 
+def find_all(name, evaluator):
+    """Gives the truth of a set to its evaluator. -> the known reasons why its AP may be under 100"""
+    lost, crowded, seen = [], [], set()
+    for item in DatasetCatalog.get(name):
+        found = perfect(item)
+        evaluator.process([item], [{"instances": found}])
+        whole = found.pred_boxes.nonempty()
+        if found.has("pred_masks"):
+            whole &= found.pred_masks.flatten(1).any(dim=1)
+        lost += [item["file_name"]] * int((~whole).sum())
+        seen.update(found.pred_classes.tolist())
+        if found.pred_classes.bincount(minlength=1).max() > 100:
+            crowded.append(item["file_name"])
+    reasons = []
+    if lost:
+        reasons.append(f"{len(lost)} boxes have no area or mask in their picture (first: {lost[0]})")
+    if crowded and not name.startswith("voc"):
+        reasons.append(f"{len(crowded)} pictures have more than 100 boxes of a class, COCO's AP counts 100 "
+                       f"(first: {crowded[0]})")
+    absent = len(MetadataCatalog.get(name).thing_classes) - len(seen)
+    if absent and name.startswith("voc"):
+        reasons.append(f"{absent} classes have no box (--classes)")
+    return reasons
+
+
 def rehearse(cfg, source):
     """Evaluates the validation set's truth as if it were detections, and draws a picture. All ranks call it.
 
@@ -411,44 +442,17 @@ def rehearse(cfg, source):
     if not comm.is_main_process():
         evaluator.evaluate()
         return []
+    notes = []
     with reading(source), contextlib.redirect_stdout(io.StringIO()):
-        reasons = find_all(cfg, evaluator)
+        reasons = find_all(cfg.DATASETS.TEST[0], evaluator) or ["the evaluator does not say why"]
         draw(cfg, 1, perfect, f"{cfg.OUTPUT_DIR}/truth.png")
-        results = evaluator.evaluate()
-    lines = []
-    for kind, values in results.items():
-        if not values["AP"] > 99.95:
-            lines.append(f"the truth of {source} itself reaches {kind} AP {values['AP']:.1f}, the ceiling of this "
-                         f"set: {'; '.join(reasons) or 'the evaluator does not say why'}")
-        if not values["AP"] > 0:
-            raise stage.Refusal(lines[-1])
-    return lines
-
-
-def find_all(cfg, evaluator):
-    """Gives the truth of the validation set to the evaluator. -> known reasons why its AP may be under 100"""
-    name = cfg.DATASETS.TEST[0]
-    is_voc = name.startswith("voc")
-    lost, crowded, seen = [], [], set()
-    for item in DatasetCatalog.get(name):
-        found = perfect(item)
-        evaluator.process([item], [{"instances": found}])
-        whole = found.pred_boxes.nonempty()
-        if found.has("pred_masks"):
-            whole &= found.pred_masks.flatten(1).any(dim=1)
-        lost += [item["file_name"]] * int((~whole).sum())
-        seen.update(found.pred_classes.tolist())
-        if not is_voc and found.pred_classes.bincount(minlength=1).max() > 100:
-            crowded.append(item["file_name"])
-    reasons = []
-    if lost:
-        reasons.append(f"{len(lost)} boxes have no area or mask in their picture (first: {lost[0]})")
-    if crowded:
-        reasons.append(f"{len(crowded)} pictures have more than 100 boxes of a class, and COCO's AP counts 100 "
-                       f"(first: {crowded[0]})")
-    if is_voc and len(seen) < cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        reasons.append(f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES - len(seen)} classes have no box (--classes)")
-    return reasons
+        for kind, values in evaluator.evaluate().items():
+            if not values["AP"] > 99.95:
+                notes.append(f"the truth of {source} itself reaches {kind} AP {values['AP']:.1f}, the "
+                             f"ceiling of this set: {'; '.join(reasons)}")
+            if not values["AP"] > 0:
+                raise ValueError(f"the truth itself reaches {kind} AP {values['AP']}: {'; '.join(reasons)}")
+    return notes
 
 
 # ---- 3  Draw ---------------------------------------------------------------------------------------------

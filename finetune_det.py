@@ -73,8 +73,10 @@ FREE = {"MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "T
 # Keys for which this program has arguments of its own.
 RESERVED = {"SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"}
 BEGUN = "trial0/last_checkpoint"                     # in an --out that holds a run
-# Parts of MODEL's keys that may differ where a detector is only evaluated: SyncBN or BN, how it was trained.
-NOT_EVALUATED = re.compile("DEVICE|NORM$|_TEST$|_TRAIN$|FREEZE_AT|BATCH_SIZE|FRACTION|LOSS|PRECISE")
+# Keys that follow from the labels.
+OF_LABELS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.MASK_ON", "INPUT.MASK_FORMAT")
+# Of MODEL's keys these may differ where a detector is only evaluated: how it is trained, where, SyncBN or BN.
+NOT_EVALUATED = re.compile("DEVICE|NORM$|_TEST$|_TRAIN$|FREEZE_AT|BATCH_SIZE|FRACTION|LOSS")
 
 
 def get_args(argv=None):
@@ -181,18 +183,8 @@ class Trainer(DefaultTrainer):
 
 
 @contextlib.contextmanager
-def configuring():
-    """Makes detectron2's complaints about the KEY VALUE pairs one line; other exceptions are bugs."""
-    try:
-        yield
-    except (AssertionError, KeyError, ValueError) as error:
-        kind = type(error).__name__
-        raise stage.Refusal(f"configuration (KEY VALUE): {kind}: {stage.last_line(error)[:300]}") from error
-
-
-@contextlib.contextmanager
 def running():
-    """Makes one line of a picture that cannot be read, and of a loss that is not finite."""
+    """Makes one line of what the world does to a training: pictures, losses and workers that fail."""
     try:
         yield
     except stage.Refusal as error:                  # a loader worker puts its traceback in front
@@ -200,6 +192,11 @@ def running():
     except FloatingPointError as error:             # detectron2 puts all losses behind
         reason = str(error).splitlines()[0]
         raise stage.Refusal(f"the training has diverged, lower SOLVER.BASE_LR: {reason}") from error
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+            raise
+        raise stage.Refusal("a DataLoader worker was killed: if memory or /dev/shm is short, take fewer "
+                            "--workers or 0, or docker's --shm-size") from error
 
 
 # ---- Protocols -------------------------------------------------------------------------------------------
@@ -249,16 +246,15 @@ def protocol_config(protocol, weights, device, depth):
 
 
 def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
-    """The protocol for these labels, processes and overrides. -> it, lines: how it differs from the protocol"""
-    iterations, steps, warmup, images = PROTOCOLS[protocol][2:6]
+    """The protocol for these labels, processes and overrides. -> it, lines: what differs"""
+    iterations, steps, warmup = PROTOCOLS[protocol][2:5]
     given = dict(zip(opts[::2], opts[1::2]))
-    with configuring():
+    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
         depth = int(given.get("MODEL.RESNETS.DEPTH", re.sub(r"\D", "", weights.resnet)))
-        batch = int(given.get("SOLVER.IMS_PER_BATCH", 2 * world))               # two images a GPU, as MoCo's
         cfg = protocol_config(protocol, weights, device, depth)
         stated = flat(cfg)
-
-        # For another batch detectron2's linear rule, counted in images.
+        # Two images a GPU, as MoCo's. For another batch detectron2's linear rule, counted in images.
+        batch = int(given.get("SOLVER.IMS_PER_BATCH", 2 * world))
         cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
         cfg = Trainer.auto_scale_workers(cfg, batch)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                     # Trainer would scale it once more
@@ -273,38 +269,39 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
             cfg.MODEL.MASK_ON = data.masks
             cfg.INPUT.MASK_FORMAT = "bitmask" if data.run_length else "polygon"
-        labels = flat(cfg)
+        by_labels = flat(cfg)
         cfg.merge_from_list(list(opts))
+    for key in OF_LABELS:
+        value = flat(cfg)[key]
+        if data and value != by_labels[key] and str(value) not in ("False", "bitmask"):
+            raise stage.Refusal(f"{key} {value}, but the labels make it {by_labels[key]}: leave it out")
+    return cfg, differences(protocol, cfg, stated, given, data, world)
 
-    if data and cfg.MODEL.ROI_HEADS.NUM_CLASSES != len(data.classes):
-        raise stage.Refusal(f"MODEL.ROI_HEADS.NUM_CLASSES {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but the labels have "
-                            f"{len(data.classes)} classes: leave it out")
-    if data and cfg.MODEL.MASK_ON and not data.masks:
-        raise stage.Refusal("MODEL.MASK_ON True, but not all boxes have masks: leave it out")
-    if data and data.run_length and cfg.INPUT.MASK_FORMAT != "bitmask":
-        raise stage.Refusal("INPUT.MASK_FORMAT polygon, but masks are run lengths: leave it out")
 
+def differences(protocol, cfg, stated, given, data, world):
+    """Lines: how a configuration differs from the protocol, whose keys and values are `stated`."""
     notes = []
     for key, value in flat(cfg).items():
         if value != stated[key] and key not in FREE and not key.startswith("DATASETS."):
-            by_labels = key.startswith(("MODEL.", "INPUT.")) and labels[key] != stated[key]
-            why = "given" if key in given else "the labels" if by_labels else "linear rule"
+            why = "given" if key in given else "the labels" if key in OF_LABELS else "linear rule"
             notes.append(f"{key} {value}, protocol {stated[key]} ({why})")
-    if data and data.images != images:
-        notes.append(f"{data.images} training images, protocol {images}")
-    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / (data.images if data else images)
+    images = data.images if data else PROTOCOLS[protocol][5]
+    if images != PROTOCOLS[protocol][5]:
+        notes.append(f"{images} training images, protocol {PROTOCOLS[protocol][5]}")
+    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
     if protocol == "minicoco-c4" and round(epochs, 1) != 12:
         notes.append(f"{cfg.SOLVER.MAX_ITER} iterations are {epochs:.1f} epochs, the paper says 12")
-    if (depth, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS) != (50, 256):
-        notes.append(f"ResNet-{depth} of {cfg.MODEL.RESNETS.RES2_OUT_CHANNELS} channels in res2, protocol "
-                     "ResNet-50 of 256")
-    if device == "cpu":
+    depth, width = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
+    if (depth, width) != (50, 256):
+        notes.append(f"a ResNet-{depth} with {width} channels in res2, paper ResNet-50 with 256")
+    on_cpu = cfg.MODEL.DEVICE == "cpu"
+    if on_cpu:
         notes.append("SyncBatchNorm does not run on the CPU: BatchNorm instead, each process by itself")
-    seen = cfg.SOLVER.IMS_PER_BATCH // (world if device == "cpu" else 1)
+    seen = cfg.SOLVER.IMS_PER_BATCH // (world if on_cpu else 1)
     if seen < 16:
         notes.append(f"BatchNorm, precise BN too, sees {seen} images at a time, MoCo's 16: on a large card "
                      "SOLVER.IMS_PER_BATCH 16 gives that batch")
-    return cfg, notes
+    return notes
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------
@@ -345,7 +342,7 @@ def export(args):
     arch, base, *_ = PROTOCOLS[args.protocol]
     weights = get_weights(args)
     if "narrow" in weights.resnet or arch == "c4" and int(weights.resnet.removeprefix("resnet")) < 50:
-        raise stage.Refusal(f"detectron2 itself builds no {arch} of {weights.resnet}: this program alone does")
+        raise stage.Refusal(f"detectron2 itself builds no {arch} of {weights.resnet}, only this program does")
     stage.write_atomically(args.export, lambda f: torch.save({"model": to_detectron2(weights, arch)}, f))
     theirs = get_cfg()
     theirs.merge_from_file(os.path.join(ZOO, base))
@@ -416,7 +413,7 @@ def prepare(args):
 
 def check_settings(args, cfg, data, weights):
     """Writes the settings of a run to --out, or compares them with those of the run that --out holds."""
-    settings = {**flat(cfg), "SEED": args.seed, "protocol": args.protocol, "labels": data.digests,
+    settings = {**flat(cfg), "SEED": args.seed, "--protocol": args.protocol, "labels": data.digests,
                 "weights": stage.digest(x.numpy().tobytes() for x in weights.backbone.values())}
     settings = {key: str(value) for key, value in settings.items()}
     path = Path(args.out, "settings.json")
@@ -425,13 +422,13 @@ def check_settings(args, cfg, data, weights):
         return
     free = FREE
     if args.eval_only:
-        free = {key for key in settings if not key.startswith(("MODEL.", "INPUT.FORMAT", "protocol"))
+        free = {key for key in settings if not key.startswith(("MODEL.", "INPUT.FORMAT", "--protocol"))
                 or NOT_EVALUATED.search(key)}
     with reading(path):
         before = json.loads(path.read_text())
     changed = stage.differences(before, settings, free)
     if changed:
-        raise stage.Refusal(f"{args.out} was begun otherwise, give another --out: {changed}")
+        raise stage.Refusal(f"{args.out} was begun otherwise, give another --out: {changed[:300]}")
 
 
 def newest_checkpoint(folder):
@@ -454,9 +451,11 @@ def train(cfg, weights, arch, last):
     begun = int("0" + re.sub(r"\D", "", last))
     # The iteration goes in: else a run that is often killed would see the same first images again and again.
     seed_all_rng(cfg.SEED + 1000 * begun + comm.get_rank())
-    with configuring():
+    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
         trainer = Trainer(cfg)
     model = getattr(trainer.model, "module", trainer.model)
+    save = trainer.checkpointer.save
+    trainer.checkpointer.save = reading(f"{cfg.OUTPUT_DIR}, a checkpoint")(save)        # a full disk
     for hook in trainer._hooks:
         if isinstance(hook, hooks.PeriodicCheckpointer):
             hook.max_to_keep = 2
@@ -477,7 +476,7 @@ def train(cfg, weights, arch, last):
 
 def evaluate(cfg):
     """The detector of a trial that was trained, and its metrics."""
-    with configuring():
+    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
         model = Trainer.build_model(cfg)
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     with reading(path):
