@@ -219,7 +219,7 @@ def random_groups(settings):
     def sample(i):
         query, key = (image(*rng.integers(low, high + 1, 2)) for _ in range(2))
         return {"query": query, "key": key, "backgrounds": [image(canvas, canvas)], "source": i,
-                "unreadable": [], "group": (0, 0)}
+                "seeds": (0, 0)}
 
     groups = [make_group([sample(i) for i in range(settings.bn_group)])
               for _ in range(settings.batch_size // settings.bn_group)]

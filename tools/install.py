@@ -1,6 +1,7 @@
-"""Makes the virtual environment of `make install`.
+"""Makes the virtual environment of `make install`, or adds packages to it.
 
     python3.12 tools/install.py .venv
+    python3.12 tools/install.py .venv ruff==0.14.0
 
 Of this machine's settings for pip only those count that say where packages come from (SOURCES). A target
 folder, --user or PYTHONPATH does not decide what is in the environment, nor does a torch that the machine has.
@@ -30,7 +31,7 @@ def check_python(version):
         sys.exit(f"install.py: error: Python 3.11 to 3.13 is needed, this is {name}: name another one, such as "
                  "make install PYTHON=python3.12")
     if version[:2] > NEWEST:
-        print(f"NOTE: nothing of this was ever run on Python {name}, only on 3.11, 3.12 and 3.13.")
+        print(f"NOTE: this was never run on Python {name}, only on 3.11, 3.12 and 3.13.")
     return version[:2] <= NEWEST
 
 
@@ -38,8 +39,8 @@ def variable(key):
     return "PIP_" + key.upper().replace("-", "_")
 
 
-def pip_environment(pip, environ):
-    """The variables with which `pip` (a command as a list) knows the settings of SOURCES and no others.
+def pip_environment(python, environ):
+    """The variables with which the pip of `python` knows the settings of SOURCES and no others.
 
     Constraints count where a file of pip's sets them: there they say what an index has. In a variable they
     pin what an image has installed for its own Python, its torch first.
@@ -50,7 +51,8 @@ def pip_environment(pip, environ):
     for name in ("PIP_CONFIG_FILE", *map(variable, SOURCES)):
         if name in environ:
             asked[name] = environ[name]
-    listed = subprocess.run([*pip, "config", "list"], env=asked, stdout=subprocess.PIPE, text=True, check=True)
+    listed = subprocess.run([python, "-I", "-m", "pip", "config", "list"], env=asked, stdout=subprocess.PIPE,
+                            text=True, check=True)
     settings = {}
     for line in listed.stdout.splitlines():                 # global.index-url='https://...'
         place, _, value = line.partition("=")
@@ -61,6 +63,10 @@ def pip_environment(pip, environ):
             if settings.get((section, key)):
                 clean[variable(key)] = settings[section, key]
     return {**clean, "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def pip_install(python, environment, *arguments):
+    subprocess.run([python, "-I", "-m", "pip", "install", "-q", *arguments], env=environment, check=True)
 
 
 def make_venv(folder):
@@ -88,32 +94,38 @@ def check_imports(python, environment, tried):
         print(f"NOTE: {text}; stages 1 and 2 need nothing of it.")
 
 
-def main(folder):
+def make_environment(folder):
+    """Installs all that requirements.txt names, then detectron2."""
     tried = check_python(sys.version_info)
     print(f"Installing torch, torchvision, detectron2 and what they need into {folder}, for Python "
-          f"{sys.version_info[0]}.{sys.version_info[1]}.\nThis downloads about 2.9 GB, takes 5.7 GB of disk, "
-          "and one to ten minutes, as the network is. Nothing is printed meanwhile.", flush=True)
+          f"{sys.version_info[0]}.{sys.version_info[1]}.\nThis downloads 3.1 GB and takes 5.7 GB of disk. It "
+          "takes minutes, as network, disk and processor are; nothing is printed meanwhile.", flush=True)
     began = time.time()
     python = make_venv(folder)
-    pip = [python, "-I", "-m", "pip"]
-    environment = pip_environment(pip, os.environ)
-    requirements = os.path.join(HERE, "requirements.txt")
-    subprocess.run([*pip, "install", "-q", "-r", requirements], env=environment, check=True)
+    environment = pip_environment(python, os.environ)
+    pip_install(python, environment, "-r", os.path.join(HERE, "requirements.txt"))
 
     pinned = os.path.join(folder, "detectron2.txt")
     with open(pinned, "w") as f:
         f.write(DETECTRON2)
     where = subprocess.run([python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                            stdout=subprocess.PIPE, text=True, check=True)
-    subprocess.run([*pip, "install", "-q", "--require-hashes", "--no-deps", "--only-binary=:all:",
-                    "--python-version", "3.10", "--upgrade", "--target", where.stdout.strip(), "-r", pinned],
-                   env=environment, check=True)
+    pip_install(python, environment, "--require-hashes", "--no-deps", "--only-binary=:all:", "--upgrade",
+                "--python-version", "3.10", "--target", where.stdout.strip(), "-r", pinned)
     check_imports(python, environment, tried)
     print(f"Installed {folder} in {time.time() - began:.0f} seconds.")
+
+
+def main(folder, *packages):
+    if packages:
+        python = os.path.join(folder, "bin", "python")
+        pip_install(python, pip_environment(python, os.environ), *packages)
+    else:
+        make_environment(folder)
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except subprocess.CalledProcessError as failed:
-        sys.exit(f"install.py: error: the command above did not work: {' '.join(failed.cmd)}")
+        sys.exit(f"install.py: error: this command did not work, see above: {' '.join(failed.cmd)}")
