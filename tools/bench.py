@@ -217,12 +217,14 @@ def random_groups(settings):
         return torch.from_numpy(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).permute(2, 0, 1)
 
     def sample(i):
-        query, key = (image(*rng.integers(low, high + 1, 2)) for _ in range(2))
+        query = image(*rng.integers(low, high + 1, 2))
+        key = image(*rng.integers(low, high + 1, 2))
         return {"query": query, "key": key, "backgrounds": [image(canvas, canvas)], "source": i,
                 "seeds": (0, 0)}
 
-    groups = [make_group([sample(i) for i in range(settings.bn_group)])
-              for _ in range(settings.batch_size // settings.bn_group)]
+    groups = []
+    for _ in range(settings.batch_size // settings.bn_group):
+        groups.append(make_group([sample(i) for i in range(settings.bn_group)]))
     return torch.utils.data._utils.pin_memory.pin_memory(groups) if CUDA else groups
 
 
