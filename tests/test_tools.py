@@ -202,7 +202,7 @@ def test_all_of_gpu_ends_in_time_and_says_what_was_left_out(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("given, random, which", [
     ([5, 6, 5.5], [1, 2, 1.5], "given"), ([1, 2, 1.5], [5, 6, 5.5], "random"),
-    ([5, 6, 5.5], [3, 4, 4.9], ""),                         # apart, but not by twice the distance of two seeds
+    ([5, 6, 5.5], [3, 4, 4.9], ""),                         # apart, but by less than twice the seeds
     ([5, 9, 7], [1, 2, 6], ""), ([3, 3], [3, 3], "")])
 def test_the_verdict_asks_for_more_than_the_seeds_noise(given, random, which):
     assert demo.verdict(given, random) == which
@@ -212,8 +212,8 @@ def test_the_last_words_of_the_demos(tmp_path):
     records = [{"args": {"batch_size": 64}}, {"step": 3}]
     records += [{"acc_batch": i / 100} for i in range(20)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    results = {"results": {"given": {"top1": 97.66}, "random": {"top1": 61.2}}, "chance": 20.0}
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    results = {"given": {"top1": 97.66}, "random": {"top1": 61.2}}
+    (tmp_path / "results.json").write_text(json.dumps({"results": results, "chance": 20.0}))
     text = demo.pairs(str(tmp_path), str(tmp_path))
     for word in ("18%", "1.6%", "63 other", "98 %", "61 %", "20 %", "of 5 colours"):
         assert word in text

@@ -24,16 +24,18 @@ def pairs(run, knn):
     trained = results["results"]["given"]["top1"]
     random = results["results"]["random"]["top1"]
     chance = results["chance"]
+    colours = round(100 / chance)
     return f"""
 The network has learnt from pictures without labels. Look at three things:
 1. {run}/composites.png shows what it had to match: two crops of a picture, each pasted on another
    picture. A red box is the pasted crop. In the left one of a pair, the network was given the thick
    blue box instead.
 2. {run}/loss.png shows how it learnt. acc_batch is how often it told the other crop of a picture
-   from those of {batch - 1} other pictures: {found:.0%} of the time in the end, where guessing gives {1 / batch:.1%}.
+   from those of {batch - 1} other pictures: {found:.0%} of the time in the end, where guessing gives
+   {1 / batch:.1%}.
 3. It was never told the colour of a picture. The 20 training pictures that it finds most alike name
-   the right one of {round(100 / chance)} colours for {trained:.0f} % of new pictures. A random network reaches {random:.0f} %,
-   and guessing {chance:.0f} %."""
+   the right one of {colours} colours for {trained:.0f} % of new pictures. A random network reaches
+   {random:.0f} %, and guessing {chance:.0f} %."""
 
 
 def verdict(given, random):
