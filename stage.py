@@ -11,12 +11,13 @@ which nobody catches: it keeps its traceback, and a debugger stops at its line.
 import argparse
 import collections
 import contextlib
-import datetime
 import ctypes
+import datetime
 import fcntl
 import functools
 import hashlib
 import logging
+import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.resource_tracker
 import os
@@ -38,6 +39,7 @@ ENDINGS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".t
 LOCK = "insloc.lock"                        # a folder that holds this file is a run directory
 LOCAL = {"data", "out", "resume", "device", "nprocs", "workers"}    # these may differ between machines
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # each is a request to stop
+LAUNCH = "start by torchrun, or unset RANK"
 PR_SET_PDEATHSIG = 1                        # Linux's prctl: "send me this signal when my parent ends"
 
 
@@ -72,6 +74,7 @@ def end(refusal):
     line = f"{os.path.basename(sys.argv[0])}: error: {refusal}"
     if dist.is_initialized():               # at once: else the others miss it, and are heard of first
         print(line, file=sys.stderr, flush=True)
+        end_workers()
         os._exit(1)
     sys.exit(line)
 
@@ -127,12 +130,12 @@ def launcher_variables():
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             text = os.environ.get(name, defaults.get(name, ""))
             if not text.isdecimal():
-                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset RANK")
+                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: {LAUNCH}")
             found[name] = int(text)
         if not os.environ.get("MASTER_ADDR"):
-            raise Refusal("RANK is set, but not MASTER_ADDR: start by torchrun, or unset RANK")
+            raise Refusal(f"RANK is set, but not MASTER_ADDR: {LAUNCH}")
         if found["RANK"] >= found["WORLD_SIZE"]:
-            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: start by torchrun")
+            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: {LAUNCH}")
     return found
 
 
@@ -153,7 +156,7 @@ def check_machine_arguments(parser, args):
     try:
         variables = launcher_variables()
         if args.device == "cuda":
-            using_gpu(torch.cuda.init)
+            check_gpu()
     except Refusal as refusal:
         parser.error(refusal)
     if args.nprocs is None:
@@ -171,13 +174,16 @@ def check_machine_arguments(parser, args):
         parser.error("--workers and --seed must be from 0 on, --seed below 2**63")
 
 
-def using_gpu(function, *given):
-    """function(*given), the first use of a GPU: one that is listed may not work (driver, busy, no kernels)."""
+def check_gpu(device=None):
+    """Refuses a GPU that is listed but does not work. Without a device, CUDA's start alone is tried."""
     try:
-        return function(*given)
+        torch.cuda.init()
+        if device:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device).add(1).item()             # a kernel, and its answer
     except RuntimeError as error:                                   # torch has no class of its own for it
         reason = str(error).strip().splitlines()[0][:200]
-        raise Refusal(f"the GPU does not work: {reason}; take --device cpu, or mend it") from error
+        raise Refusal(f"the GPU does not work: {reason}; --device cpu does without") from error
 
 
 # ---- Processes -------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def prepare_process():
         with tempfile.TemporaryFile():
             pass
     except OSError as error:
-        raise Refusal(f"TMPDIR: {error}; name a folder that can be written to, by less than 70 bytes") from error
+        raise Refusal(f"TMPDIR: {error}; give a folder that can be written to, of a short name") from error
 
 
 def start_processes(count, main, args, prepared):
@@ -236,25 +242,30 @@ def start_processes(count, main, args, prepared):
         for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        try:
-            while not context.join(grace_period=10):
+        codes = [None]                                              # None: that process still runs
+        while None in codes and not any(codes):
+            alive = [process.sentinel for process in context.processes if process.is_alive()]
+            multiprocessing.connection.wait(alive)
+            codes = [process.exitcode for process in context.processes]
+        if not any(codes):
+            return
+        with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):
+            while not context.join(grace_period=10):                # ends the others, too
                 pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException):
-            explain(context, args.out)
+        killed = [-code for code in codes if code and code < 0]
+        if killed:
+            raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(args.out)}")
+        explain(context)
 
 
-def explain(context, out):
-    """Ends as the process that failed first did. The others fail for want of it, and may be noticed before."""
-    codes = [process.exitcode for process in context.processes]
-    killed = [-code for code in codes if code < 0 and code != -signal.SIGTERM]
-    if killed:
-        raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(out)}")
-    traces = [path if os.path.exists(path) else None for path in context.error_files]
-    left = [code for code, trace in zip(codes, traces) if code > 0 and not trace]
-    if left:
-        sys.exit(max(left))                                         # that process has said why
-    with open(min(filter(None, traces), key=os.path.getmtime), "rb") as f:
-        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}") from None
+def explain(context):
+    """Ends as the process that failed first did. The others may have failed for want of it."""
+    traces = [path for path in context.error_files if os.path.exists(path)]
+    for process, path in zip(context.processes, context.error_files):
+        if process.exitcode > 0 and path not in traces:
+            sys.exit(process.exitcode)                              # that process has said why
+    with open(min(traces, key=os.path.getmtime), "rb") as f:
+        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}")
 
 
 def run(rank, rendezvous, main, args, prepared):
@@ -265,8 +276,11 @@ def run(rank, rendezvous, main, args, prepared):
     def stop(number, frame):                # until a stage takes the signals itself, to save first
         if not stopping.acquire(blocking=False):                    # Ctrl-C reaches all, and is handed on
             return
-        if rank == 0 and os.getpid() == process:                    # a loader worker inherits this
-            print(f"stopped by {signal.Signals(number).name}{go_on(args.out)}", file=sys.stderr, flush=True)
+        if os.getpid() == process:                                  # a loader worker inherits this
+            if rank == 0:
+                name = signal.Signals(number).name
+                print(f"stopped by {name}{go_on(args.out)}", file=sys.stderr, flush=True)
+            end_workers()
         os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in answered()}
@@ -276,8 +290,7 @@ def run(rank, rendezvous, main, args, prepared):
         device = torch.device("cpu")
         if args.device == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-            torch.cuda.set_device(device)
-            using_gpu(lambda: torch.zeros(1, device=device).add(1).item())      # a kernel, and its answer
+            check_gpu(device)
         elif args.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // args.nprocs))
         lock = take_lock(args.out) if rank == 0 else None           # noqa: F841  held while the name lives
@@ -296,8 +309,14 @@ def run(rank, rendezvous, main, args, prepared):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for worker in mp.active_children():                         # else one that hangs is waited for
-            worker.kill()
+        end_workers()
+
+
+def end_workers():
+    """Ends loader workers at once; Python would wait for one that hangs. One just forked ends by itself."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
+    for worker in mp.active_children():
+        worker.kill()
 
 
 def meet(rank, rendezvous, world, device):
@@ -307,8 +326,8 @@ def meet(rank, rendezvous, world, device):
         dist.init_process_group(backend, rendezvous, rank=rank, world_size=world,
                                 timeout=datetime.timedelta(minutes=30))         # [detectron2]
     except (RuntimeError, ValueError) as error:
-        raise Refusal(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
-                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
+        raise Refusal(f"process {rank} does not meet the others: {last_line(error)[:150]}; check "
+                      "MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
 
 
 def gather_objects(value):
@@ -335,11 +354,11 @@ def collect_signals():
 
 # ---- Loader workers --------------------------------------------------------------------------------------
 
-def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=()):
+def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_errors=()):
     """Yields the batches of a torch DataLoader whose workers end with this process.
 
-    A Refusal, an exception of a class in `world`, and whatever befalls a worker end in a Refusal. Any other
-    exception of dataset or collate is a bug and comes through, a worker's with its traceback.
+    A Refusal, an exception of a class in `data_errors`, and whatever befalls a worker end in a Refusal. Any
+    other exception of dataset or collate is a bug and comes through, a worker's with its traceback.
     """
     context = None
     if workers:                             # forked, they share torch and the paths, 420 MB each otherwise
@@ -354,14 +373,14 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=
             batch = next(loader)
         except StopIteration:
             return
-        except (Refusal, *world) as error:
+        except (Refusal, *data_errors) as error:
             raise Refusal(last_line(error)) from error
         except (OSError, EOFError, RuntimeError) as error:
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
-            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or /dev/shm "
-                          "is short, take fewer --workers or 0, or docker's --shm-size; the folder TMPDIR "
-                          "must last as long as the run") from error
+            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
+                          "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
+                          "TMPDIR must last as long as the run") from error
         yield batch
 
 
@@ -377,7 +396,7 @@ def start_worker(parent, _):
 
 
 def end_worker(error, _):
-    """A batch that a worker cannot hand over ends the worker: else its parent waits for the batch for ever."""
+    """Ends a worker that cannot hand over a batch: its parent would wait for the batch for ever."""
     if not isinstance(error, (OSError, RuntimeError)):              # those are the machine's, others are bugs
         traceback.print_exception(error)
     os._exit(1)
@@ -555,5 +574,5 @@ def find_images(folder):
                 others[os.fsdecode(ending)] += 1
     if others:
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
-        say(f"{folder}: {others.total()} files left out, which have no ending of an image that is read: {kinds}")
+        say(f"{folder}: {others.total()} files left out, whose endings are not read: {kinds}")
     return sorted(found)
