@@ -269,6 +269,10 @@ class Unreadable(OSError):
     """The data is gone, not merely damaged: too many files in a row cannot be read."""
 
 
+class TooFewImages(ValueError):
+    """A group has no three different images, so that a background would show the sample itself."""
+
+
 def read_image(path):
     """An image file as uint8 (3, H, W), RGB, pixel by pixel in memory: so it crops and resizes fastest.
 
@@ -296,22 +300,22 @@ def read_image(path):
 class Views(torch.utils.data.Dataset):
     """Eq. 3-4 up to the pasting: an image, decoded once, gives two random resized crops and a background.
 
-    Items are asked for by key (epoch, step, group, index), see `batches`; an item is a dict: query, key uint8
-    (3, h, w), backgrounds (a list of uint8 (3, S, S): its own squashed image, for the other samples), source
-    (the image's index), unreadable (indices), group (step, group). A file that cannot be read is replaced by
-    another one, drawn from the sample's own generator. Unreadable after ten of them.
+    Items are asked for by address (epoch, step, group number, index), see `batches`; an item is a dict: query,
+    key uint8 (3, h, w), backgrounds (a list of uint8 (3, S, S)), source (the image's index), unreadable
+    (indices), seeds (step, group number). A file that cannot be read is replaced by another one, drawn from
+    the sample's own generator. Unreadable after ten of them.
     needs: generator_for, crop_box, read_image, Unreadable
     """
     paths: Sequence                     # str or bytes; forked workers share a NumPy array, but copy a list
     seed: int = 0
     image_size: int = 256
-    fg_size: tuple = (128, 256)         # sides of a crop, ends included; None: the canvas, no background
+    fg_size: tuple = (128, 256)         # sides of a crop, ends included
     ratio: tuple = (3 / 4, 4 / 3)       # w / h of the crop before it is resized
     keep_aspect: bool = False           # fit the crop into the drawn sides, do not stretch it, as released
-    dataset_backgrounds: bool = False   # backgrounds: two more images for this sample, as released
+    backgrounds: str = "group"          # or "dataset": two more images for this sample, as released; or "none"
 
-    def __getitem__(self, item):
-        epoch, step, group, index = item
+    def __getitem__(self, address):
+        epoch, step, group_number, index = address
         generator = generator_for(self.seed, "sample", epoch, index)
         canvas = [self.image_size, self.image_size]         # backgrounds are squashed to it
         unreadable = []
@@ -319,13 +323,13 @@ class Views(torch.utils.data.Dataset):
         query = self.crop(image, generator)
         key = self.crop(image, generator)
         backgrounds = []
-        if self.fg_size and not self.dataset_backgrounds:
+        if self.backgrounds == "group":
             backgrounds = [self.resize(image, canvas)]
-        elif self.fg_size:
+        elif self.backgrounds == "dataset":
             others = self.read_two(source, unreadable, generator)
             backgrounds = [self.resize(other, canvas) for other in others]
         return {"query": query, "key": key, "backgrounds": backgrounds, "source": source,
-                "unreadable": unreadable, "group": (step, group)}
+                "unreadable": unreadable, "seeds": (step, group_number)}
 
     def read_two(self, source, unreadable, generator):
         """Two images, neither the one at `source` nor twice the same. Unreadable if there are no such two."""
@@ -354,7 +358,7 @@ class Views(torch.utils.data.Dataset):
     def crop(self, image, generator):
         top, left, h, w = crop_box(*image.shape[-2:], ratio=self.ratio, generator=generator)
         size = [self.image_size, self.image_size]
-        if self.fg_size:
+        if self.backgrounds != "none":
             low, high = self.fg_size
             size = torch.randint(low, high + 1, (2,), generator=generator).tolist()    # h and w independently
             if self.keep_aspect:                # into the drawn sides, long to long and short to short
@@ -374,30 +378,30 @@ class MakeGroup:
     """The collate function: the samples of a BatchNorm group -> composites, boxes, augmentation parameters.
 
     Returns {"query": view, "key": view, "unreadable": indices}. A view is a dict: images uint8 (N, 3, S, S)
-    in channels_last memory, boxes (N, 4) the true ones, jittered (N, 4) (differs for queries only), and the
+    in channels_last memory, boxes (N, 4) the pasted ones, drawn_boxes (N, 4) (differ for queries only), and the
     tensors of `photometric_params`.
 
     Backgrounds come from the other samples of the group and cost no decode. Each alone is a uniformly random
     other training image, but within a group they are not independent. DIVERGES: the release decodes two more
-    images a sample (`Views(dataset_backgrounds=True)`).
+    images a sample (backgrounds="dataset").
     needs: generator_for, paste, grid_anchors, jitter_boxes, photometric_params, choose_backgrounds
     """
     seed: int = 0
     image_size: int = 256
-    pasting: bool = True
+    backgrounds: str = "group"
     jitter: bool = True
     flip_moves_box: bool = False        # for augmentation of the whole composite, where a flip moves the box
 
     def __call__(self, samples):
-        generator = generator_for(self.seed, "group", *samples[0]["group"])
+        generator = generator_for(self.seed, "group", *samples[0]["seeds"])
         size = self.image_size
         backgrounds = [sample["backgrounds"] for sample in samples]
-        if not self.pasting:                # a crop that fills the canvas covers whatever it is pasted on
+        if self.backgrounds == "none":      # a crop that fills the canvas covers whatever it is pasted on
             backgrounds = [[sample["query"], sample["key"]] for sample in samples]
-        elif len(backgrounds[0]) == 1:
+        elif self.backgrounds == "group":
             pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
             backgrounds = [[backgrounds[i][0] for i in pair] for pair in pairs]
-        group = {"unreadable": [index for sample in samples for index in sample["unreadable"]]}
+        group = {"unreadable": [index for sample in samples for index in sample.get("unreadable", [])]}
         for side, name in ((1, "key"), (0, "query")):      # jitter is drawn last: it changes no composite
             view = photometric_params(len(samples), generator)
             images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
@@ -425,10 +429,11 @@ def choose_backgrounds(sources, generator):
     """Indices of N images -> (N, 2): for each sample the positions of query's and key's background.
 
     Each is uniform among the samples of other images. The two are of different images, since a shared
-    background could give the positive away. ValueError if a group has no three different images.
+    background could give the positive away. TooFewImages if there are no three different images.
+    needs: TooFewImages
     """
     if len(set(sources)) < 3:
-        raise ValueError("a group needs three different images, a sample and two backgrounds: take larger "
+        raise TooFewImages("a group needs three different images, a sample and two backgrounds: take larger "
                          "groups, or repair damaged images")
     sources = torch.tensor(sources)
     for_query = sources[:, None] != sources                                                      # (N, N)
@@ -438,21 +443,25 @@ def choose_backgrounds(sources, generator):
     return torch.cat([query, key], dim=1).tolist()
 
 
-def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, groups=None):
-    """The batch sampler of a whole run: step by step, each group's list of keys (epoch, step, group, index).
+def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, own_groups=None):
+    """The batch sampler of a whole run: step by step, the list of addresses of each group.
+
+    An address is (epoch, step, group number, index).
 
     A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an
-    epoch is dropped. start_step: resume there. groups: the positions of this rank's groups in the step (a
+    epoch is dropped. start_step: resume there. own_groups: the numbers of this rank's groups (a
     range); None is all of them. needs: generator_for
     """
-    groups = range(batch_size // group_size) if groups is None else groups
+    if own_groups is None:
+        own_groups = range(batch_size // group_size)
     steps = n_images // batch_size
     for epoch in range(start_step // steps, epochs):
         order = torch.randperm(n_images, generator=generator_for(seed, "order", epoch))
         for step in range(max(start_step, epoch * steps), (epoch + 1) * steps):
-            for group in groups:
-                first = (step - epoch * steps) * batch_size + group * group_size
-                yield [(epoch, step, group, index) for index in order[first:first + group_size].tolist()]
+            for group_number in own_groups:
+                first = (step - epoch * steps) * batch_size + group_number * group_size
+                indices = order[first:first + group_size].tolist()
+                yield [(epoch, step, group_number, index) for index in indices]
 
 
 # ---- 5  Encoders (Sec. 4.3): the detector's own parts, so that fine-tuning adds RPN and predictors alone -

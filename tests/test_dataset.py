@@ -16,8 +16,8 @@ from conftest import iou_of_pairs, seeded, uneven
 from test_photometric import inside_mask, nothing
 
 import insloc
-from insloc import (MakeGroup, Unreadable, Views, batches, choose_backgrounds, grid_anchors, photometric,
-                    read_image)
+from insloc import (MakeGroup, TooFewImages, Unreadable, Views, batches, choose_backgrounds, grid_anchors,
+                    photometric, read_image)
 
 sides = pytest.mark.parametrize("name", ["query", "key"])
 
@@ -159,13 +159,13 @@ def test_keep_aspect_fits_the_crop_into_the_drawn_sides(monkeypatch, h, w):
         assert views.crop(image, seeded(seed)).shape == (3, round(h * scale), round(w * scale))
 
 
-@pytest.mark.parametrize("dataset_backgrounds", [False, True])
-def test_items_depend_on_seed_epoch_and_index_alone(tmp_path, dataset_backgrounds):
+@pytest.mark.parametrize("backgrounds", ["group", "dataset"])
+def test_items_depend_on_seed_epoch_and_index_alone(tmp_path, backgrounds):
     paths = solid_files(tmp_path, 6)
     for i, path in enumerate(paths):
         picture(40, 50, seed=i).save(path)
     damage(tmp_path / "003.png")                                        # its replacement is drawn
-    views, again, other_seed = (Views(paths, seed, 32, (16, 32), dataset_backgrounds=dataset_backgrounds)
+    views, again, other_seed = (Views(paths, seed, 32, (16, 32), backgrounds=backgrounds)
                                 for seed in (0, 0, 1))
     keys = list(itertools.product(range(2), range(2), range(2), range(6)))
     items = {key: views[key] for key in keys}
@@ -173,8 +173,8 @@ def test_items_depend_on_seed_epoch_and_index_alone(tmp_path, dataset_background
     random.Random(0).shuffle(keys)
     for epoch, step, group, index in keys:
         item = again[epoch, step, group, index]
-        assert item["group"] == (step, group)
-        assert_equal(item, dict(items[epoch, 0, 0, index], group=(step, group)))
+        assert item["seeds"] == (step, group)
+        assert_equal(item, dict(items[epoch, 0, 0, index], seeds=(step, group)))
         for other in (items[1 - epoch, step, group, index], other_seed[epoch, step, group, index],
                       items[epoch, step, group, (index + 1) % 6], {"query": item["key"]}):
             assert not torch.equal(item["query"], other["query"])
@@ -199,7 +199,7 @@ def test_ten_unreadable_files_in_a_row_are_an_error_that_names_one():
 
 
 def test_dataset_backgrounds_are_two_other_images_uniformly(tmp_path):
-    views = Views(solid_files(tmp_path, 7), image_size=16, fg_size=(8, 16), dataset_backgrounds=True)
+    views = Views(solid_files(tmp_path, 7), image_size=16, fg_size=(8, 16), backgrounds="dataset")
     damage(tmp_path / "006.png")                                        # replaced and reported, too
     items = [views[epoch, 0, 0, 2] for epoch in range(600)]
     assert all(image.shape == (3, 16, 16) for item in items for image in item["backgrounds"])
@@ -229,7 +229,7 @@ def solid_samples(n, size=32, sources=None, **more):
 
     samples = []
     for i, (query, key) in enumerate(np.random.default_rng(0).integers(size // 2, size, (n, 2, 2)).tolist()):
-        samples.append({"query": part(i, 100, *query), "key": part(i, 200, *key), "group": (0, 0),
+        samples.append({"query": part(i, 100, *query), "key": part(i, 200, *key), "seeds": (0, 0),
                         "backgrounds": [part(i, 0, size, size)], "source": (sources or range(n))[i],
                         "unreadable": [i] * i, **more})
     return samples
@@ -259,7 +259,7 @@ def test_groups_paste_each_view_into_the_canvas(name, green):
 def test_backgrounds_are_of_other_samples_and_differ_between_query_and_key():
     offsets = {"query": collections.Counter(), "key": collections.Counter()}
     for step in range(60):
-        group = MakeGroup(image_size=32)(solid_samples(8, group=(step, 3)))
+        group = MakeGroup(image_size=32)(solid_samples(8, seeds=(step, 3)))
         behind = {name: grounds(group[name]) for name in offsets}
         assert all(query != key for query, key in zip(behind["query"], behind["key"]))
         for name, colours in behind.items():
@@ -283,7 +283,7 @@ def test_backgrounds_are_uniform_over_the_other_images():
 
 @pytest.mark.parametrize("sources", [(0, 1), (0, 1, 1), (5, 5, 5), (0, 1, 0, 1)])
 def test_a_group_of_fewer_than_three_images_is_refused(sources):
-    with pytest.raises(ValueError, match="three different images"):
+    with pytest.raises(TooFewImages, match="three different images"):
         MakeGroup(image_size=32)(solid_samples(len(sources), sources=sources))
     MakeGroup(image_size=32)(solid_samples(3))                          # three will do
 
@@ -293,7 +293,7 @@ def test_group_uses_the_backgrounds_that_the_samples_bring():
     for sample in samples:
         sample["backgrounds"] = [sample["backgrounds"][0] + 50, sample["backgrounds"][0] + 150]
     for n in (4, 1):
-        group = MakeGroup(image_size=32)(samples[:n])
+        group = MakeGroup(image_size=32, backgrounds="dataset")(samples[:n])
         assert grounds(group["query"]) == [[50 + i, 50, 50] for i in range(n)]
         assert grounds(group["key"]) == [[150 + i, 150, 150] for i in range(n)]
 
@@ -302,7 +302,7 @@ def test_group_uses_the_backgrounds_that_the_samples_bring():
 def test_boxes_are_uniform_on_the_canvas_and_reach_the_far_edges(name):
     black, counts = torch.zeros(3, 16, 16, dtype=torch.uint8), collections.Counter()
     for step in range(100):
-        samples = solid_samples(16, 16, group=(step, 0), query=black[:, :14, :11], key=black[:, :14, :11])
+        samples = solid_samples(16, 16, seeds=(step, 0), query=black[:, :14, :11], key=black[:, :14, :11])
         counts.update((x1, y1) for x1, y1, _, _ in MakeGroup(image_size=16)(samples)[name]["boxes"].tolist())
     assert set(counts) == set(itertools.product(range(6), range(3)))
     assert uneven(counts.values(), 18) < 5
@@ -324,7 +324,7 @@ def test_group_is_decided_by_seed_step_and_group():
     torch.manual_seed(2)
     assert_equal(MakeGroup(0, 32)(solid_samples(5)), first)
     for seed, step, number in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        other = MakeGroup(seed, 32)(solid_samples(5, group=(step, number)))
+        other = MakeGroup(seed, 32)(solid_samples(5, seeds=(step, number)))
         for name in ("images", "boxes", "drawn_boxes", "order", "brightness"):
             assert not torch.equal(other["query"][name], first["query"][name])
             assert not torch.equal(first["key"][name], first["query"][name])            # drawn apart
@@ -344,9 +344,9 @@ def test_flip_of_the_composite_moves_the_box_with_the_foreground(name):
 
 def test_without_pasting_a_view_is_a_crop_that_fills_the_canvas(tmp_path):
     picture(40, 50).save(tmp_path / "a.png")
-    item = Views([str(tmp_path / "a.png")], image_size=32, fg_size=None)[0, 0, 0, 0]    # one image will do
+    item = Views([str(tmp_path / "a.png")], image_size=32, backgrounds="none")[0, 0, 0, 0]    # one image will do
     assert item["backgrounds"] == []
-    group = MakeGroup(image_size=32, pasting=False, jitter=False)([item] * 2)
+    group = MakeGroup(image_size=32, backgrounds="none", jitter=False)([item] * 2)
     for name in ("query", "key"):
         assert torch.equal(group[name]["images"], torch.stack([item[name]] * 2))
         assert group[name]["boxes"].tolist() == group[name]["drawn_boxes"].tolist() == [[0, 0, 32, 32]] * 2
@@ -354,16 +354,16 @@ def test_without_pasting_a_view_is_a_crop_that_fills_the_canvas(tmp_path):
 
 # ---- batches and the loader
 
-@pytest.mark.parametrize("dataset_backgrounds", [False, True])
-def test_loader_workers_and_the_global_generator_change_nothing(tmp_path, dataset_backgrounds):
-    views = Views(solid_files(tmp_path, 10), 0, 32, (16, 32), dataset_backgrounds=dataset_backgrounds)
+@pytest.mark.parametrize("backgrounds", ["group", "dataset"])
+def test_loader_workers_and_the_global_generator_change_nothing(tmp_path, backgrounds):
+    views = Views(solid_files(tmp_path, 10), 0, 32, (16, 32), backgrounds=backgrounds)
     damage(tmp_path / "003.png")                                        # its replacement is drawn
 
     def epoch(workers):
         torch.manual_seed(workers)
         before = torch.get_rng_state()
         loader = torch.utils.data.DataLoader(
-            views, batch_sampler=batches(10, 8, 4, 1), collate_fn=MakeGroup(image_size=32),
+            views, batch_sampler=batches(10, 8, 4, 1), collate_fn=MakeGroup(0, 32, backgrounds),
             num_workers=workers, generator=torch.Generator())
         groups = list(loader)
         assert torch.equal(torch.get_rng_state(), before)
@@ -392,7 +392,7 @@ def test_batches_are_permutations_cut_into_groups():
 @pytest.mark.parametrize("start", range(10))
 def test_batches_resume_at_any_step_and_split_among_ranks(ranks, start):
     share = 4 // ranks
-    parts = [list(batches(26, 8, 2, 3, start_step=start, groups=range(first, first + share)))
+    parts = [list(batches(26, 8, 2, 3, start_step=start, own_groups=range(first, first + share)))
              for first in range(0, 4, share)]
     together = [part[step * share:(step + 1) * share] for step in range(9 - start) for part in parts]
     assert sum(together, []) == list(batches(26, 8, 2, 3))[start * 4:]
