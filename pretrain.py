@@ -16,6 +16,7 @@ import datetime
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -26,17 +27,24 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import stage
-from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, Unreadable, Views,
-                    batches, generator_for, grid_anchors, info_nce, momentum_update, photometric)
+from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, TooFewImages,
+                    Unreadable, Views, batches, generator_for, info_nce, momentum_update, photometric)
+from stage import say
 from weights import read_weights
 
 RUN_FILES = ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth")
 # These may differ between a run and its continuation, since they change nothing of what is computed.
 FREE = stage.LOCAL | {"world", "log_every", "save_steps", "preview", "compile"}
+# What to do about settings that differ.
+HINTS = {"epochs": "each step's rate depends on --epochs: to train longer, start another --out with --init and "
+                   "this run directory"}
+WORLD = (Unreadable, TooFewImages)                              # here the data is at fault, not the program
+SPLITS = re.compile(r"(train|val|valid|validation|test|testing|dev|eval|extra|unlabell?ed)([\W\d_]|$)", re.I)
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")            # a shell's names for what it pipes in
+CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")                  # bytes that a list of paths does not have
 
 
 def get_args(argv=None):
@@ -114,64 +122,140 @@ def get_args(argv=None):
         parser.error("--bn-group must be at least 3, a sample and two backgrounds; without pasting 2")
     if args.batch_size % args.bn_group:
         parser.error(f"--batch-size {args.batch_size} is not a multiple of --bn-group {args.bn_group}")
-    groups = args.batch_size // args.bn_group
-    if groups < 2:
+    n_groups = args.batch_size // args.bn_group
+    if n_groups < 2:
         parser.error("one BatchNorm group: no shuffle parts keys from queries, BatchNorm leaks the answer: "
                      f"take --batch-size {2 * args.bn_group}, or a smaller --bn-group")
-    if groups % args.world:
-        fits = max(count for count in range(1, min(groups, args.world) + 1) if groups % count == 0)
-        parser.error(f"{args.world} processes cannot share {groups} groups evenly, at most {fits} can")
+    if n_groups % args.world:
+        fits = max(count for count in range(1, min(n_groups, args.world) + 1) if n_groups % count == 0)
+        parser.error(f"{args.world} processes cannot share {n_groups} groups evenly, at most {fits} can")
     return args
 
 
 def find_data(args):
-    """DATA -> paths, a NumPy bytes array, in an order that the names decide; a digest of the names."""
+    """DATA -> paths, a NumPy bytes array, in an order that the names decide; their number and digest."""
     stage.check_new(args, RUN_FILES)
-    say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
     data = args.data
     if os.path.isdir(data):
-        if os.path.isdir(os.path.join(data, "train")):
-            data = os.path.join(data, "train")
-            say(f"taking {data!r} alone")
+        data = choose_split(data)
         root = os.fsencode(data)
-        names = stage.find_images(data, say)
-    elif os.path.isfile(data):
-        root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
-        with open(data, "rb") as f:
-            text = f.read()
-        names = [name for name in (text.split(b"\0") if b"\0" in text else text.splitlines()) if name]
-        missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
-        if missing:
-            stage.fail(f"{data}: {len(missing)} of {len(names)} listed files do not exist, the first is "
-                       f"{os.fsdecode(missing[0])!r}")
+        names = stage.find_images(data)
     else:
-        stage.fail(f"{data}: no such file or folder")
-    if len(names) < max(args.batch_size, args.preview or 0):
-        stage.fail(f"{data} has {len(names)} images, less than a batch of {args.batch_size} (or --preview); "
-                   f"looked for: {b' '.join(stage.ENDINGS).decode()}")
-    return np.array([os.path.join(root, name) for name in names]), stage.digest(names)
+        root = os.path.dirname(os.fsencode(data))           # relative paths: from the folder of the list
+        names = read_list(data)
+        if data.startswith(PIPES):
+            root = b""
+    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+    if missing:
+        raise stage.Refusal(f"{data}: {len(missing)} of {len(names)} listed files do not exist, the first is "
+                            f"{os.fsdecode(missing[0])[:200]!r}")
+    needed = f"--preview {args.preview}" if args.preview else f"--batch-size {args.batch_size}"
+    if len(names) < (args.preview or args.batch_size):
+        raise stage.Refusal(f"{data} has {len(names)} images, less than {needed}; looked for: "
+                            f"{b' '.join(stage.ENDINGS).decode()}")
+    return np.array([os.path.join(root, name) for name in names]), f"{len(names)} files {stage.digest(names)}"
+
+
+def choose_split(folder):
+    """The folder's `train` child if it has one. Refuses it if it looks like a class among classes."""
+    train = os.path.join(folder, "train")
+    if not os.path.isdir(train):
+        return folder
+    with stage.touching(folder):
+        neighbours = sorted(os.listdir(folder))
+    for name in neighbours:
+        neighbour = os.path.join(folder, name)
+        if SPLITS.match(name) or name.startswith(".") or not os.path.isdir(neighbour):
+            continue
+        for _, _, files in os.walk(neighbour):
+            if any(os.path.splitext(os.fsencode(file))[1].lower() in stage.ENDINGS for file in files):
+                raise stage.Refusal(f"{folder} holds images in `train` and in {name!r}, which is no split: "
+                                    f"give {train} for that alone, or a text file of paths for both")
+    say(f"taking {train!r} alone")
+    return train
+
+
+def read_list(path):
+    """The names in a text file, one a line or ended by zero bytes. Refuses what is no such file."""
+    if not (os.path.isfile(path) or path.startswith(PIPES) and os.path.exists(path)):
+        raise stage.Refusal(f"{path}: no such file or folder")
+    with stage.touching(path), open(path, "rb") as f:
+        text = f.read(2 ** 16)
+        if CONTROL.search(text):
+            raise stage.Refusal(f"{path} is no text file of paths; if it is an archive, unpack it and give the "
+                                "folder")
+        text += f.read()
+    names = text.split(b"\0") if b"\0" in text else text.splitlines()
+    return [name for name in names if name]
 
 
 def make_data(args, paths):
     """The dataset and the collate function of this method."""
-    pasting = args.method in ("cp", "insloc")
     ratio = (1 / 2, 2) if args.keep_aspect else (3 / 4, 4 / 3)                  # [released code], [MoCo v2]
-    views = Views(paths, args.seed, args.image_size, args.fg_size, ratio, args.keep_aspect,
-                  args.backgrounds == "dataset")
-    make_group = MakeGroup(args.seed, args.image_size, pasting, jitter=args.method == "insloc",
-                           flip_moves_box=pasting and args.aug_on == "composite")
+    backgrounds = args.backgrounds if args.method in ("cp", "insloc") else "none"
+    views = Views(paths, args.seed, args.image_size, args.fg_size, ratio, args.keep_aspect, backgrounds)
+    make_group = MakeGroup(args.seed, args.image_size, backgrounds, jitter=args.method == "insloc",
+                           flip_moves_box=backgrounds != "none" and args.aug_on == "composite")
     return views, make_group
 
 
-def ignore_signals(_):
-    """For loader workers: Ctrl-C and a cluster's SIGTERM reach them, too, but they must outlast the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def make_networks(args, device, state):
+    """Query encoder, key encoder, queue, optimizer: new, from --init, or out of the checkpoint `state`.
+
+    The same on every rank.
+    """
+    torch.manual_seed(args.seed)
+    with_neck = args.arch == "fpn" and args.method != "moco"            # MoCo v2 trains neither neck nor head
+    encoder_q = FPNEncoder(args.resnet) if with_neck else C4Encoder(args.resnet, roi_size=args.roi_size)
+    queue = KeyQueue(args.queue_size, encoder_q.dim, len(encoder_q.levels), generator_for(args.seed, "queue"))
+    if args.init and not state:
+        start_from(args.init, encoder_q, args.resnet, with_neck)
+    dtype = dtype_of(args.precision)
+    queue.to(device, dtype)
+    encoder_q.to(device, dtype, memory_format=torch.channels_last)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)                  # starts as a copy
+    optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    if state:
+        encoder_q.load_state_dict(state["encoder_q"])
+        encoder_k.load_state_dict(state["encoder_k"])
+        queue.load_state_dict(state["queue"])
+        optimizer.load_state_dict(state["optimizer"])
+    return encoder_q, encoder_k, queue, optimizer
+
+
+def start_from(init, encoder, resnet, with_neck):
+    """Loads the weights of --init: the trunk, and the neck and box head if the file has them."""
+    try:
+        weights = read_weights(init)
+    except (OSError, ValueError) as error:
+        raise stage.Refusal(f"--init {init}: {error} (here without --input, --prefix, --trust)") from error
+    if weights.resnet != resnet:
+        raise stage.Refusal(f"--init {init}: give --resnet {weights.resnet}, as it is, not {resnet}")
+    encoder.resnet.load_state_dict(weights.backbone)
+    if with_neck:
+        encoder.load_state_dict(weights.extras, strict=False)
+    parts = "neck and box head" if weights.extras and with_neck else "the ResNet alone"
+    say(f"starting from {weights.source}: {parts}, the rest random")
+
+
+def dtype_of(precision):
+    """The dtype of parameters and images; bfloat16 is autocast's."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def check_compiler(device):
+    """Refuses --compile where torch cannot compile: it needs a C++ compiler, on a GPU a C one and Triton."""
+    try:
+        torch.compile(torch.nn.ReLU())(torch.ones(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise stage.Refusal(f"--compile: torch cannot compile on this machine: {reason}") from error
 
 
 def augment(view, args, device):
     """uint8 composites of a view -> augmented, normalised images (N, 3, S, S) on the device."""
-    dtype = torch.float64 if args.precision == "fp64" else torch.float32
+    dtype = dtype_of(args.precision)
     images = view["images"].to(device, non_blocking=True).contiguous() / torch.tensor(255, dtype=dtype)
     inside = args.method in ("cp", "insloc") and args.aug_on == "foreground"                 # Sec. 5
     images, _ = photometric(images, view, view["boxes"] if inside else None)
@@ -181,22 +265,25 @@ def augment(view, args, device):
 
 
 def boxes_of(view, args, device):
-    """The boxes to pool: true ones for keys, jittered ones for queries.
+    """The boxes to pool, (N, 4) or one such a level. A query's drawn boxes are jittered, a key's are not.
 
-    DIVERGES: FPN's levels but P5 pool the true box, as released; the paper's plainest reading is all levels.
+    DIVERGES: FPN's levels but P5 pool the pasted box, as released; the paper's plainest reading is that all
+    levels pool the drawn one.
     """
     if args.method == "moco":
         return None
-    true = view["boxes"].to(device, non_blocking=True)
-    jittered = view["drawn_boxes"].to(device, non_blocking=True)
-    return [true, true, true, jittered] if args.arch == "fpn" and args.jitter_levels == "p5" else jittered
+    pasted = view["boxes"].to(device, non_blocking=True)
+    drawn = view["drawn_boxes"].to(device, non_blocking=True)
+    if args.arch == "fpn" and args.jitter_levels == "p5":
+        return [pasted, pasted, pasted, drawn]                                               # P2, P3, P4, P5
+    return drawn
 
 
 def all_gather(rows, world):
     """(n, ...) of each rank -> (world * n, ...) on each, in the order of the ranks."""
     if world == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world)]
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
@@ -204,14 +291,25 @@ def all_gather(rows, world):
 def shuffle(views, rows, world, device):
     """Shuffle-BN: views of this rank's groups -> the view of the given `rows` of all ranks' views.
 
-    Images travel as uint8 through the device, all to all ranks: 50 MB for 256 of them.
+    Images travel as uint8 through the device, all to all ranks: 50 MB for 256 of them. Boxes and parameters
+    stay on the CPU.
     """
-    images = torch.cat([part["images"].to(device, non_blocking=True) for part in views])     # pinned memory
-    view = {name: torch.cat([part[name] for part in views]) for name in views[0] if name != "images"}
-    images = all_gather(images.permute(0, 2, 3, 1), world)
-    images = images[rows.to(device, non_blocking=True)].permute(0, 3, 1, 2)
-    everyone = stage.gather_objects(view)                           # boxes and parameters, on the CPU
-    return {"images": images, **{name: torch.cat([part[name] for part in everyone])[rows] for name in view}}
+    shuffled = {}
+    for name in views[0]:
+        own = [view[name] for view in views]
+        if name == "images":
+            own = [images.to(device, non_blocking=True) for images in own]       # out of pinned memory
+        everyones = all_gather(torch.cat(own), world)
+        shuffled[name] = everyones[rows.to(everyones.device, non_blocking=True)]
+    return shuffled
+
+
+def split(view, n):
+    """A view -> views of n images each."""
+    parts = []
+    for first in range(0, len(view["images"]), n):
+        parts.append({name: x[first:first + n] for name, x in view.items()})
+    return parts
 
 
 def accuracies(q, k, logits, first):
@@ -226,58 +324,55 @@ def accuracies(q, k, logits, first):
 
 
 def save_composites(args, paths, count):
-    """composites.png, as Fig. 3: of each sample the query, then the key, with the true box in red.
+    """composites.png, as Fig. 3: of each sample the query, then the key, with the pasted box in red.
 
-    On the query in blue the anchors that match it, thin, and the chosen one, thick. Anchors may leave the
-    canvas, hence the grey frame.
+    On the query the anchor that is pooled in its place is blue, and open where it leaves the canvas. Small
+    canvases are enlarged, so that the thin lines hide nothing.
     """
     views, make_group = make_data(args, paths)
     size = min(max(count, args.bn_group), len(paths))
-    try:
-        group = make_group([views[key] for key in next(batches(len(paths), size, size, 1, args.seed))])
-    except ValueError as error:
-        stage.fail(error)
+    addresses = batches(len(paths), size, size, 1, args.seed)
+    group = next(stage.load(views, addresses, 0, make_group, world=WORLD))
     mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
-    anchors = grid_anchors(args.image_size)
-    frame = args.image_size // 4
-    drawn = {name: ((augment(group[name], args, "cpu").float() * std + mean) * 255).round().byte()
-             for name in ("query", "key")}
+    zoom = max(1, 256 // args.image_size)
+    images = {}
+    for name in ("query", "key"):
+        pixels = (augment(group[name], args, "cpu").float() * std + mean) * 255
+        images[name] = pixels.round().byte().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     panels = []
     for i in range(count):
         for name in ("query", "key"):
-            box = group[name]["boxes"][i:i + 1]
-            jittered = group[name]["drawn_boxes"][i:i + 1]
-            image = torch.nn.functional.pad(drawn[name][i], [frame] * 4, value=128)
-            if not box.equal(jittered):
-                matching = torch.cat([anchors[torchvision.ops.box_iou(box, anchors)[0] > 0.5], jittered])
-                image = image // 2 + draw_bounding_boxes(image, matching + frame, colors=(120, 170, 255)) // 2
-                image = draw_bounding_boxes(image, jittered + frame, colors=(20, 60, 255), width=4)
-            panels.append(draw_bounding_boxes(image, box + frame, colors=(255, 30, 30), width=3))
+            panel = images[name][i]
+            for boxes, colour in ((group[name]["drawn_boxes"], (20, 60, 255)),
+                                  (group[name]["boxes"], (255, 30, 30))):
+                panel = draw_bounding_boxes(panel, boxes[i:i + 1] * zoom, colors=colour, width=2)
+            panels.append(panel)
+    sheet = torchvision.io.encode_png(make_grid(panels, nrow=4, padding=6, pad_value=255))
     path = os.path.join(args.out, "composites.png")
-    torchvision.io.write_png(make_grid(panels, nrow=4, pad_value=255), path)
-    print(f"wrote {path}", flush=True)
+    stage.write_atomically(path, lambda f: f.write(sheet.numpy().tobytes()))
+    say(f"wrote {path}")
 
 
-def save_curves(args, chance):
+def save_curves(out, chance, queue_size, batch_size):
     """loss.png from log.jsonl: the loss and the two accuracies, each with its chance level (dotted)."""
     from matplotlib.figure import Figure
-    records = [record for record in read_log(args) if "loss" in record]
+    records = [record for record in read_log(out) if "loss" in record]
     steps = [record["step"] for record in records]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, name, level in ((left, "loss", chance), (right, "acc_queue", 1 / (1 + args.queue_size)),
-                              (right, "acc_batch", 1 / args.batch_size)):
+    for axes, name, level in ((left, "loss", chance), (right, "acc_queue", 1 / (1 + queue_size)),
+                              (right, "acc_batch", 1 / batch_size)):
         curve, = axes.plot(steps, [record[name] for record in records], label=name)
         axes.axhline(level, color=curve.get_color(), linestyle=":", label=f"chance {level:.4g}")
         axes.set_xlabel("step")
         axes.legend()
     right.set_ylim(bottom=0)
-    figure.savefig(os.path.join(args.out, "loss.png"), dpi=120)
+    figure.savefig(os.path.join(out, "loss.png"), dpi=120)
 
 
-def read_log(args):
+def read_log(out):
     """The objects of log.jsonl. A line torn by a kill, which can only be the last, is left out."""
-    path = os.path.join(args.out, "log.jsonl")
+    path = os.path.join(out, "log.jsonl")
     if not os.path.exists(path):
         return []
     with open(path) as f:
@@ -288,141 +383,142 @@ def peak_memory(device):
     """GB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024                  # bytes there, KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def start_log(args, step, data_digest):
-    """log.jsonl with what it has up to `step` and a line about this start. Returns TensorBoard's writer."""
-    records = [record for record in read_log(args) if record["step"] <= step] if step else []
+    """log.jsonl with what it has up to `step` and a line about this start."""
+    records = [record for record in read_log(args.out) if record["step"] <= step] if step else []
     records.append({"step": step, "args": vars(args), "images": data_digest, "commit": stage.commit(),
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "python": sys.version.split()[0]})
     text = "".join(json.dumps(record) + "\n" for record in records)
     stage.write_atomically(os.path.join(args.out, "log.jsonl"), lambda f: f.write(text.encode()))
-    return SummaryWriter(args.out, purge_step=step + 1)
 
 
-def log(args, events, record, last_step, seconds_left):
+def start_events(out, step):
+    """TensorBoard's writer."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(out, purge_step=step + 1)
+
+
+def log(out, events, record, last_step, seconds_left):
     """A step's numbers, to the terminal, log.jsonl and TensorBoard."""
-    print(f"step {record['step']}/{last_step}  epoch {record['epoch']}  loss {record['loss']:.3f}  "
-          f"acc_queue {record['acc_queue']:.3f}  acc_batch {record['acc_batch']:.3f}  "
-          f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  "
-          f"left {datetime.timedelta(seconds=round(seconds_left))}", flush=True)
-    with open(os.path.join(args.out, "log.jsonl"), "a") as f:
+    say(f"step {record['step']}/{last_step}  epoch {record['epoch']}  loss {record['loss']:.3f}  "
+        f"acc_queue {record['acc_queue']:.3f}  acc_batch {record['acc_batch']:.3f}  "
+        f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  "
+        f"left {datetime.timedelta(seconds=round(seconds_left))}")
+    path = os.path.join(out, "log.jsonl")
+    with stage.touching(path), open(path, "a") as f:
         f.write(json.dumps(record) + "\n")
+    if events:
+        stage.attempt("TensorBoard", add_events, events, record)
+
+
+def add_events(events, record):
     for name, value in record.items():
         events.add_scalar(name, value, record["step"])
     events.flush()
 
 
-def save(args, state, parts, chance):
-    """checkpoint.pth, backbone.pth and loss.png. Returns what went wrong, "" if all is saved."""
-    try:
-        state.update({name: part.state_dict() for name, part in parts.items()})
-        state = stage.save_checkpoint(args.out, state)
-        backbone = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
-                    if name.startswith("resnet.")}
-        path = os.path.join(args.out, "backbone.pth")
-        stage.write_atomically(path, lambda f: torch.save(backbone, f))
-        save_curves(args, chance)
-        return ""
-    except (OSError, RuntimeError, FloatingPointError) as error:    # RuntimeError: torch.save, a full disk
-        return stage.last_line(error)
+def save(out, state):
+    """checkpoint.pth and backbone.pth, by rank 0. All ranks leave if that fails."""
+    failure = ""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            state = stage.save_checkpoint(out, state)
+            trunk = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
+                     if name.startswith("resnet.")}
+            stage.write_atomically(os.path.join(out, "backbone.pth"), lambda f: torch.save(trunk, f))
+        except stage.Refusal as refusal:
+            failure = f"step {state['step']} is not saved: {refusal}{stage.go_on(out)}"
+    failure = stage.gather_objects(failure)[0]
+    if failure:
+        stage.leave(failure)
+
+
+def introduce(args, n_images, encoder, epoch_steps):
+    """The run in numbers, on standard output. Returns the loss of chance."""
+    n_groups = args.batch_size // args.bn_group
+    n_own = n_groups // args.world
+    n_levels = len(encoder.levels)
+    filling_steps = math.ceil(args.queue_size / args.batch_size)
+    chance = n_levels * math.log(1 + args.queue_size)
+    n_parameters = sum(p.numel() for p in encoder.parameters())
+    say(f"""{args.method} {args.arch}: {args.resnet}, {n_parameters:,} parameters
+device  {args.world} x {args.device}, {args.precision}, {args.workers} loader workers each
+images  {n_images:,} in {args.data!r}; {n_images % args.batch_size} of them left out an epoch
+step    {args.batch_size} images = {n_groups} BatchNorm groups x {args.bn_group}, {n_own} of them a process
+steps   {args.epochs} epochs x {epoch_steps:,} = {args.epochs * epoch_steps:,}
+queue   {args.queue_size:,} keys x {n_levels} levels, {filling_steps} steps fill it
+chance  loss {chance:.2f} = {n_levels} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
+    if args.arch == "c4" and args.method == "ra" and args.roi_size * 16 == args.image_size:
+        say("note    RoIAlign of the whole canvas is the identity: ra computes what moco does, bit for bit")
+    if args.queue_size > n_images / 2:
+        say("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
+            f"--queue-size {2 ** int(math.log2(n_images / 2))} would fit")
+    return chance
 
 
 def main(rank, device, args, paths, data_digest):
     world = args.world
-    say = print if rank == 0 else lambda *given, **more: None
     if args.preview:
-        return save_composites(args, paths, args.preview) if rank == 0 else None
-    signals = []                                        # a request to stop waits here for the end of a step
-    for number in stage.SIGNALS:
-        signal.signal(number, lambda number, frame: signals.append(number))
+        if rank == 0:
+            save_composites(args, paths, args.preview)
+        return
+    signals = stage.collect_signals()                   # a request to stop waits here for the end of a step
 
     # ---- run directory: the checkpoint to go on from, and whether it and the ranks are of one run
     settings = {**vars(args), "images": data_digest}
-    state = stage.resume(args, settings, FREE, say)
+    state = stage.resume(args, settings, FREE, HINTS)
     step = state["step"] if state else 0
     stage.check_ranks({**settings, "step": step})
 
-    # ---- model: the same parameters and the same queue on every rank
+    # ---- a step is `n_groups` BatchNorm groups; a rank works through `n_own` of them, one by one
+    n_groups = args.batch_size // args.bn_group
+    n_own = n_groups // world
+    own_groups = range(rank * n_own, (rank + 1) * n_own)
+    epoch_steps = len(paths) // args.batch_size
+    last_step = args.epochs * epoch_steps
+    save_steps = args.save_steps or max(epoch_steps, 500)
+    filling_steps = math.ceil(args.queue_size / args.batch_size) if args.fill_queue else 0
+    if filling_steps >= last_step:
+        stage.leave(f"--fill-queue: all {last_step} steps would only fill the queue; take a smaller "
+                    "--queue-size, or more --epochs")
+
+    # ---- networks and data
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(args.seed)
-    with_neck = args.arch == "fpn" and args.method != "moco"            # MoCo v2 trains neither neck nor head
-    encoder_q = FPNEncoder(args.resnet) if with_neck else C4Encoder(args.resnet, roi_size=args.roi_size)
+    encoder_q, encoder_k, queue, optimizer = make_networks(args, device, state)
     levels = encoder_q.levels
-    queue = KeyQueue(args.queue_size, encoder_q.dim, len(levels), generator_for(args.seed, "queue"))
-    if args.init and not state:
-        try:
-            weights = read_weights(args.init)
-        except (OSError, ValueError) as error:
-            stage.fail(f"--init {args.init}: {error} (here without --input, --prefix, --trust)")
-        if weights.resnet != args.resnet:
-            stage.fail(f"--init {args.init}: give --resnet {weights.resnet}, as it is, not {args.resnet}")
-        encoder_q.resnet.load_state_dict(weights.backbone)
-        if with_neck:
-            encoder_q.load_state_dict(weights.extras, strict=False)
-        parts = "neck and box head" if weights.extras and with_neck else "the ResNet alone"
-        say(f"starting from {weights.source}: {parts}, the rest random")
-    dtype = torch.float64 if args.precision == "fp64" else torch.float32
-    queue.to(device, dtype)
-    encoder_q.to(device, dtype, memory_format=torch.channels_last)
-    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)                  # starts as a copy
-    optimizer = torch.optim.SGD(encoder_q.parameters(), lr=args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay, nesterov=args.nesterov)
-    saved = {"encoder_q": encoder_q, "encoder_k": encoder_k, "queue": queue, "optimizer": optimizer}
-    if state:
-        for name, part in saved.items():
-            part.load_state_dict(state[name])
     model = encoder_q
     if world > 1:
         model = DistributedDataParallel(encoder_q, [device] if args.device == "cuda" else None)
     if args.compile:
+        check_compiler(device)
         encoder_q.compile()
         encoder_k.compile()
-
-    # ---- data: a step is `groups` BatchNorm groups; a rank works through `own_groups` of them, one by one
-    groups = args.batch_size // args.bn_group
-    own_groups = groups // world
-    epoch_steps = len(paths) // args.batch_size
-    last_step = args.epochs * epoch_steps
-    filling_steps = math.ceil(args.queue_size / args.batch_size)
-    if args.fill_queue and filling_steps >= last_step:
-        stage.leave(f"--fill-queue: all {last_step} steps would only fill the queue; take a smaller "
-                    "--queue-size, or more --epochs")
-    save_steps = args.save_steps or max(epoch_steps, 500)
     views, make_group = make_data(args, paths)
-    keys = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step,
-                   range(rank * own_groups, (rank + 1) * own_groups))
-    # Forked also where this process was spawned: workers share torch and the paths, 420 MB each otherwise.
-    loader = iter(torch.utils.data.DataLoader(
-        views, batch_sampler=keys, collate_fn=make_group, num_workers=args.workers,
-        pin_memory=args.device == "cuda", worker_init_fn=ignore_signals,
-        multiprocessing_context="fork" if args.workers else None))
+    addresses = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step, own_groups)
+    loader = stage.load(views, addresses, args.workers, make_group, args.device == "cuda", WORLD)
 
-    # ---- the run in numbers, log and pictures
-    chance = len(levels) * math.log(1 + args.queue_size)
-    n_parameters = sum(p.numel() for p in encoder_q.parameters())
-    say(f"""{args.method} {args.arch}: {args.resnet}, {n_parameters:,} parameters
-device  {world} x {args.device}, {args.precision}, {args.workers} loader workers each
-images  {len(paths):,} in {args.data!r}; {len(paths) % args.batch_size} of them left out an epoch
-step    {args.batch_size} images = {groups} BatchNorm groups x {args.bn_group}, {own_groups} of them a process
-steps   {args.epochs} epochs x {epoch_steps:,} = {last_step:,}
-queue   {args.queue_size:,} keys x {len(levels)} levels, {filling_steps} steps fill it
-chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch {1 / args.batch_size:.4f}""")
-    if args.arch == "c4" and args.method == "ra" and args.roi_size * 16 == args.image_size:
-        say("note    RoIAlign of the whole canvas is the identity: ra computes what moco does, bit for bit")
-    if args.queue_size > len(paths) / 2:
-        say("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
-            f"--queue-size {2 ** int(math.log2(len(paths) / 2))} would fit")
+    # ---- log and pictures
+    chance = introduce(args, len(paths), encoder_q, epoch_steps)
+    events = None
     if rank == 0:
-        events = start_log(args, step, data_digest)
+        start_log(args, step, data_digest)
+        events = stage.attempt("TensorBoard", start_events, args.out, step)
         save_composites(args, paths, min(8, args.batch_size))
+
+    def state_after(step):
+        return {"step": step, "settings": settings, "encoder_q": encoder_q.state_dict(),
+                "encoder_k": encoder_k.state_dict(), "queue": queue.state_dict(),
+                "optimizer": optimizer.state_dict()}
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     totals = torch.zeros(len(levels) + 2, device=device, dtype=torch.float64)   # losses, acc_queue, acc_batch
     unreadable = set()                                  # indices of files, at the end of an epoch all ranks'
-    first_step = logged_step = step
+    first_step = logged_step = saved_step = step
     waited = 0.0
     started = logged_at = time.perf_counter()
 
@@ -432,12 +528,18 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
 
-        # Load this rank's groups of the step.
+        # Load this rank's groups of the step. If one rank cannot, all save what is trained so far, and leave.
         before = time.perf_counter()
+        failure = ""
         try:
-            batch = [next(loader) for _ in range(own_groups)]
-        except (Unreadable, ValueError) as error:
-            stage.fail(f"loading step {step + 1}: {stage.last_line(error)}")
+            batch = [next(loader) for _ in own_groups]
+        except stage.Refusal as refusal:
+            failure = f"loading step {step + 1}: {refusal}"
+        failure = max(stage.gather_objects(failure))                    # "" is the smallest
+        if failure:
+            if step > saved_step:
+                save(args.out, state_after(step))
+            stage.leave(failure + stage.go_on(args.out))
         waited += time.perf_counter() - before
         for index in {index for group in batch for index in group["unreadable"]} - unreadable:
             unreadable.add(index)
@@ -452,8 +554,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
         rows = permutation.chunk(world)[rank]
         key_view = shuffle([group["key"] for group in batch], rows, world, device)
         k = []
-        for i in range(own_groups):
-            part = {name: x[i * args.bn_group:(i + 1) * args.bn_group] for name, x in key_view.items()}
+        for part in split(key_view, args.bn_group):
             images = augment(part, args, device)
             with torch.no_grad(), autocast:
                 k.append(encoder_k(images, boxes_of(part, args, device)))                    # Eq. 4, 6
@@ -462,17 +563,17 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
 
         # Encode the queries, a group at a time with a backward each: memory does not grow with the batch.
         optimizer.zero_grad()
-        for i, group in enumerate(batch):
-            first = (rank * own_groups + i) * args.bn_group
-            model.require_backward_grad_sync = i == own_groups - 1      # ranks add up gradients once a step
+        for group_number, group in zip(own_groups, batch):
+            first = group_number * args.bn_group                        # its first query's row in k
+            model.require_backward_grad_sync = group_number == own_groups[-1]   # ranks add up once a step
             images = augment(group["query"], args, device)
             with autocast:
                 q = model(images, boxes_of(group["query"], args, device))                    # Eq. 3, 5
             loss, logits = info_nce(q, k[first:first + args.bn_group], queue.keys, args.temperature)  # Eq. 2
-            (loss.sum() / own_groups).backward()        # sum over levels, mean over groups
+            (loss.sum() / n_own).backward()             # sum over levels, mean over groups
             with torch.no_grad():                       # on the device until a line is logged
-                totals += torch.cat([loss.double(), accuracies(q, k, logits, first)]) / own_groups
-        if not args.fill_queue or step >= filling_steps:
+                totals += torch.cat([loss.double(), accuracies(q, k, logits, first)]) / n_own
+        if step >= filling_steps:
             optimizer.step()
         queue.enqueue(k)
         step += 1
@@ -487,7 +588,7 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
             *losses, acc_queue, acc_batch = (totals / world / (step - logged_step)).tolist()
             if not math.isfinite(sum(losses)):
                 stage.leave(f"the loss of steps {logged_step + 1} to {step} is not finite: lower --lr, or "
-                            f"try --precision fp32; {args.out} keeps its last checkpoint")
+                            f"try --precision fp32{stage.go_on(args.out)}")
             now = time.perf_counter()
             record = {"step": step, "epoch": epoch, "lr": lr, "loss": sum(losses),
                       **{f"loss_{level}": value for level, value in zip(levels, losses)},
@@ -497,17 +598,17 @@ chance  loss {chance:.2f} = {len(levels)} x ln(1 + {args.queue_size}); acc_batch
                       "memory_gb": peak_memory(device)}
             if rank == 0:
                 seconds_left = (now - started) / (step - first_step) * (last_step - step)
-                log(args, events, record, last_step, seconds_left)
+                log(args.out, events, record, last_step, seconds_left)
             totals.zero_()
             logged_step = step
             logged_at = now
             waited = 0.0
 
         if save_now:
-            failure = save(args, {"step": step, "settings": settings}, saved, chance) if rank == 0 else ""
-            failure = stage.gather_objects(failure)[0]
-            if failure:
-                stage.leave(f"step {step} is not saved: {failure}; {args.out} keeps its last checkpoint")
+            save(args.out, state_after(step))
+            saved_step = step
+            if rank == 0:
+                stage.attempt("loss.png", save_curves, args.out, chance, args.queue_size, args.batch_size)
         if step % epoch_steps == 0:
             unreadable = set().union(*stage.gather_objects(unreadable))
             if len(unreadable) > len(paths) / 100:

@@ -1,16 +1,23 @@
 """What every stage does with its machine, its processes and its run directory; nothing of the method.
 
 A stage ends with launch(main, args, prepare). It calls prepare(args) once, and then main(rank, device, args,
-*prepared) in this process, in each process of torchrun, or in --nprocs new processes. What a user or a
-machine does wrong ends in one line on standard error and a status that is not zero.
+*prepared) in this process, in each process of torchrun, or in --nprocs new processes.
+
+Errors are of three kinds. What the user or the machine did wrong is found by a check and raised as a Refusal.
+What the world does (files, disks, memory, loader workers, other processes, a GPU) is caught around the call
+that touches it and raised as a Refusal, too: one line on standard error, status 1. Anything else is a bug,
+which nobody catches: it keeps its traceback, and a debugger stops at its line.
 """
 import argparse
 import collections
 import contextlib
 import datetime
+import ctypes
 import fcntl
+import functools
 import hashlib
 import logging
+import multiprocessing.queues
 import multiprocessing.resource_tracker
 import os
 import pickle
@@ -18,6 +25,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -28,8 +37,8 @@ import torch.multiprocessing as mp
 ENDINGS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm")
 LOCK = "insloc.lock"                        # a folder that holds this file is a run directory
 LOCAL = {"data", "out", "resume", "device", "nprocs", "workers"}    # these may differ between machines
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GO_ON = "--resume goes on from the last checkpoint"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # each is a request to stop
+PR_SET_PDEATHSIG = 1                        # Linux's prctl: "send me this signal when my parent ends"
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,17 +49,31 @@ class Parser(argparse.ArgumentParser):
 
 
 class Refusal(Exception):
-    """What the user or the machine did wrong, in one line that says what to do: `launch` prints it, status 1."""
+    """What is wrong outside of the program, in one line that also says what to do.
+
+    Any rank may raise it at any time: its process ends at once, and the others with it. Where all ranks know
+    in the same step that they must leave, `leave` lets them do so in order.
+    """
 
 
-def fail(message):
-    """Ends this process with one line and status 1."""
-    message = f"{os.path.basename(sys.argv[0])}: error: {message}"
+def leave(message, status=1):
+    """Ends a run that all ranks leave in the same step. Rank 0 says why; status 1 is an error."""
+    program = f"{os.path.basename(sys.argv[0])}: error: " if status == 1 else ""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(program + message, file=sys.stderr, flush=True)
+    gather_objects(None)                    # a launcher kills the others as soon as one has left
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def end(refusal):
+    """Ends this process with the line of a Refusal and status 1."""
+    line = f"{os.path.basename(sys.argv[0])}: error: {refusal}"
     if dist.is_initialized():               # at once: else the others miss it, and are heard of first
-        print(message, file=sys.stderr, flush=True)
-        kill_workers()
+        print(line, file=sys.stderr, flush=True)
         os._exit(1)
-    sys.exit(message)
+    sys.exit(line)
 
 
 def say(*words):
@@ -60,33 +83,27 @@ def say(*words):
         print(*words, flush=True)
 
 
-def kill_workers():
-    """Ends this process's loader workers, which as orphans might wait for ever.
-
-    A signal may come when one is just forked, and multiprocessing does not know it yet; /proc does. It has
-    this process's command line, unlike what a shell started before it became this process.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
-    for worker in mp.active_children():
-        worker.kill()
-    with contextlib.suppress(OSError):                              # a kernel without that list
-        for pid in Path("/proc/thread-self/children").read_text().split():
-            if Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes():
-                os.kill(int(pid), signal.SIGKILL)
+def attempt(what, function, *given):
+    """function(*given), for what is not worth a run, such as a picture: if it fails, a line says so."""
+    try:
+        return function(*given)
+    except Exception as error:              # any: it is another library's, on another machine
+        say(f"no {what}: {type(error).__name__}: {last_line(error)[:150]}; the run goes on")
 
 
-def leave(message, status=1):
-    """Ends a run that all ranks leave in the same step. Rank 0 says why; status 1 is an error."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        program = f"{os.path.basename(sys.argv[0])}: error: " if status == 1 else ""
-        print(program + message, file=sys.stderr, flush=True)
-    gather_objects(None)                    # a launcher kills the others as soon as one has left
-    sys.exit(status)
+@contextlib.contextmanager
+def touching(place):
+    """What the file system refuses inside is a Refusal that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(f"{place}: {error.strerror or error}") from error
 
 
 def last_line(error):
-    """What happened, out of an exception; a loader worker puts its traceback in front."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].split("Unreadable: ")[-1]
+    """What happened, out of an exception; out of a loader worker it comes behind the worker's traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split(f"{type(error).__name__}: ")[-1]
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------
@@ -110,22 +127,35 @@ def launcher_variables():
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             text = os.environ.get(name, defaults.get(name, ""))
             if not text.isdecimal():
-                fail(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset RANK")
+                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset RANK")
             found[name] = int(text)
         if not os.environ.get("MASTER_ADDR"):
-            fail("RANK is set, but not MASTER_ADDR: start by torchrun, or unset RANK")
+            raise Refusal("RANK is set, but not MASTER_ADDR: start by torchrun, or unset RANK")
         if found["RANK"] >= found["WORLD_SIZE"]:
-            fail(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: start by torchrun")
+            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: start by torchrun")
     return found
+
+
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):            # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_machine_arguments(parser, args):
     """Fills in device, nprocs (processes of this machine), world (of the run), workers. Refuses by a line."""
-    gpus, variables = torch.cuda.device_count(), launcher_variables()
+    gpus = torch.cuda.device_count()
     if args.device == "auto":
         args.device = "cuda" if gpus else "cpu"
     if args.device == "cuda" and not gpus:
         parser.error("--device cuda: torch sees no GPU; take --device cpu, or install driver and CUDA torch")
+    try:
+        variables = launcher_variables()
+        if args.device == "cuda":
+            using_gpu(torch.cuda.init)
+    except Refusal as refusal:
+        parser.error(refusal)
     if args.nprocs is None:
         args.nprocs = gpus if args.device == "cuda" else 1
     args.nprocs = variables.get("LOCAL_WORLD_SIZE", args.nprocs)
@@ -135,36 +165,65 @@ def check_machine_arguments(parser, args):
     if args.device == "cuda" and args.nprocs > gpus:
         parser.error(f"{args.nprocs} processes need as many GPUs, there are {gpus}: --nprocs {gpus}")
     if args.workers is None:                        # on the CPU the network itself needs the cores
-        cores = len(os.sched_getaffinity(0)) // args.nprocs
-        args.workers = max(1, min(8, cores - (args.device == "cpu")))
+        share = cores() // args.nprocs
+        args.workers = max(1, min(8, share - (args.device == "cpu")))
     if args.workers < 0 or not 0 <= args.seed < 2 ** 63:
         parser.error("--workers and --seed must be from 0 on, --seed below 2**63")
+
+
+def using_gpu(function, *given):
+    """function(*given), the first use of a GPU: one that is listed may not work (driver, busy, no kernels)."""
+    try:
+        return function(*given)
+    except RuntimeError as error:                                   # torch has no class of its own for it
+        reason = str(error).strip().splitlines()[0][:200]
+        raise Refusal(f"the GPU does not work: {reason}; take --device cpu, or mend it") from error
 
 
 # ---- Processes -------------------------------------------------------------------------------------------
 
 def launch(main, args, prepare):
     """See the top of this file. main and what prepare returns are pickled where processes are started."""
+    created = False
     try:
-        os.makedirs(args.out, exist_ok=True)
+        prepare_process()
+        if "://" in args.out:
+            raise Refusal(f"--out {args.out}: only a folder of this machine's file system can be written to")
+        prepared = prepare(args)
+        created = make_folder(args.out)
         variables = launcher_variables()
-        job = (main, args, prepare(args))
         if variables or args.nprocs == 1:
-            run(variables.get("RANK", 0), "env://", *job)
+            run(variables.get("RANK", 0), "env://", main, args, prepared)
         else:
-            start_processes(args.nprocs, job)
-    except (Refusal, OSError) as error:             # OSError: of --out or the data
-        fail(error)
+            start_processes(args.nprocs, main, args, prepared)
+    except Refusal as refusal:
+        end(refusal)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        if created:
+            remove_unused(args.out)
 
 
-def start_processes(count, job):
+def prepare_process():
+    """File names of any bytes can be printed, and loader workers' sockets have short names."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        # Workers hand tensors over through sockets in TMPDIR/pymp-XXXXXXXX, of 108 bytes at most (Mac: 104).
+        if len(os.fsencode(tempfile.gettempdir())) > 70:
+            tempfile.tempdir = "/tmp"
+        with tempfile.TemporaryFile():
+            pass
+    except OSError as error:
+        raise Refusal(f"TMPDIR: {error}; name a folder that can be written to, by less than 70 bytes") from error
+
+
+def start_processes(count, main, args, prepared):
     """`run` in `count` new processes, to which signals are handed on. Ends as they end."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)    # it logs each SIGTERM
     with tempfile.TemporaryDirectory() as folder:
-        job = (f"file://{folder}/rendezvous", *job)
+        job = (f"file://{folder}/rendezvous", main, args, prepared)
         multiprocessing.resource_tracker.ensure_running()           # else its start unblocks them again
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)           # they wait until `run` can answer them
         context = mp.start_processes(run, job, count, join=False, start_method="spawn")
@@ -174,71 +233,82 @@ def start_processes(count, job):
                 if process.is_alive():
                     os.kill(process.pid, number)
 
-        for number in SIGNALS:
+        for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             while not context.join(grace_period=10):
                 pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            # When one process is killed, the others fail for want of it and may be noticed first.
-            codes = [process.exitcode or 0 for process in context.processes]
-            killed = [-code for code in codes if code < 0 and code != -signal.SIGTERM]
-            if killed:
-                fail(f"a process was ended by {signal.Signals(killed[0]).name}; {GO_ON}")
-            if isinstance(error, mp.ProcessRaisedException):
-                raise                               # a fault of the program: its traceback is needed
-            sys.exit(max(error.exit_code, 1))       # that process has said why
+        except (mp.ProcessExitedException, mp.ProcessRaisedException):
+            explain(context, args.out)
+
+
+def explain(context, out):
+    """Ends as the process that failed first did. The others fail for want of it, and may be noticed before."""
+    codes = [process.exitcode for process in context.processes]
+    killed = [-code for code in codes if code < 0 and code != -signal.SIGTERM]
+    if killed:
+        raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(out)}")
+    traces = [path if os.path.exists(path) else None for path in context.error_files]
+    left = [code for code, trace in zip(codes, traces) if code > 0 and not trace]
+    if left:
+        sys.exit(max(left))                                         # that process has said why
+    with open(min(filter(None, traces), key=os.path.getmtime), "rb") as f:
+        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}") from None
 
 
 def run(rank, rendezvous, main, args, prepared):
     """main in this process, with its device, the lock on --out and the process group."""
+    process = os.getpid()
+    stopping = threading.Lock()             # taken by the first request; nothing can come between
+
     def stop(number, frame):                # until a stage takes the signals itself, to save first
-        if not next(first, False):          # Ctrl-C reaches all processes, and start_processes hands it on
+        if not stopping.acquire(blocking=False):                    # Ctrl-C reaches all, and is handed on
             return
         if rank == 0 and os.getpid() == process:                    # a loader worker inherits this
-            print(f"stopped by {signal.Signals(number).name}; {GO_ON}", file=sys.stderr, flush=True)
-        kill_workers()
+            print(f"stopped by {signal.Signals(number).name}{go_on(args.out)}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
-    first = iter([True])                    # next() tests and changes in one step that no signal can divide
-    process = os.getpid()
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in answered()}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        prepare_process()
         device = torch.device("cpu")
         if args.device == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
             torch.cuda.set_device(device)
+            using_gpu(lambda: torch.zeros(1, device=device).add(1).item())      # a kernel, and its answer
         elif args.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.nprocs))
+            torch.set_num_threads(max(1, cores() // args.nprocs))
         lock = take_lock(args.out) if rank == 0 else None           # noqa: F841  held while the name lives
         if args.world > 1:
-            backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"     # CPU tensors await no GPU
-            try:
-                dist.init_process_group(backend, rendezvous, rank=rank, world_size=args.world,
-                                        timeout=datetime.timedelta(minutes=30))     # [detectron2]
-            except (RuntimeError, ValueError) as error:
-                fail(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
-                     "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+            meet(rank, rendezvous, args.world, args.device)
         main(rank, device, args, *prepared)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Refusal as refusal:
-        fail(refusal)
-    except (MemoryError, ConnectionResetError, RuntimeError) as error:  # torch has no classes of its own
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            fail(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
-        if isinstance(error, ConnectionResetError) or "DataLoader worker" in str(error):
-            fail(f"a DataLoader worker is gone: {last_line(error)[:150]}; if memory or /dev/shm is short, "
-                 f"take fewer --workers or 0, or docker's --shm-size; {GO_ON}")
-        raise
-    except (OSError, FloatingPointError) as error:
-        fail(f"{last_line(error)}; {GO_ON}")        # a loader worker's comes with its traceback
+        end(refusal)
+    except (MemoryError, RuntimeError) as error:                    # torch has no class for the CPU's memory
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        end(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        kill_workers()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        for worker in mp.active_children():                         # else one that hangs is waited for
+            worker.kill()
+
+
+def meet(rank, rendezvous, world, device):
+    """The process group of all ranks."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"              # CPU tensors await no GPU
+    try:
+        dist.init_process_group(backend, rendezvous, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(minutes=30))         # [detectron2]
+    except (RuntimeError, ValueError) as error:
+        raise Refusal(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
+                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
 
 
 def gather_objects(value):
@@ -250,22 +320,112 @@ def gather_objects(value):
     return values
 
 
+def answered():
+    """SIGNALS, but for those that this process was started to ignore (nohup ignores SIGHUP)."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def collect_signals():
+    """From now on a request to stop ends nothing, but is appended to the list that this returns."""
+    signals = []
+    for number in answered():
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+
+# ---- Loader workers --------------------------------------------------------------------------------------
+
+def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=()):
+    """Yields the batches of a torch DataLoader whose workers end with this process.
+
+    A Refusal, an exception of a class in `world`, and whatever befalls a worker end in a Refusal. Any other
+    exception of dataset or collate is a bug and comes through, a worker's with its traceback.
+    """
+    context = None
+    if workers:                             # forked, they share torch and the paths, 420 MB each otherwise
+        context = "fork" if sys.platform == "linux" else "spawn"
+    loader = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=batch_sampler, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=functools.partial(start_worker, os.getpid()), multiprocessing_context=context))
+    if workers:                             # torch's handler raises at whatever line runs when a worker dies
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(loader)
+        except StopIteration:
+            return
+        except (Refusal, *world) as error:
+            raise Refusal(last_line(error)) from error
+        except (OSError, EOFError, RuntimeError) as error:
+            if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
+                raise
+            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or /dev/shm "
+                          "is short, take fewer --workers or 0, or docker's --shm-size; the folder TMPDIR "
+                          "must last as long as the run") from error
+        yield batch
+
+
+def start_worker(parent, _):
+    """The worker_init_fn: a worker leaves requests to stop to its parent, and ends with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):                       # elsewhere torch looks every five seconds
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(error, _):
+    """A batch that a worker cannot hand over ends the worker: else its parent waits for the batch for ever."""
+    if not isinstance(error, (OSError, RuntimeError)):              # those are the machine's, others are bugs
+        traceback.print_exception(error)
+    os._exit(1)
+
+
 # ---- Run directory ---------------------------------------------------------------------------------------
+
+def make_folder(out):
+    """Whether --out had to be made."""
+    existed = os.path.exists(out)
+    with touching(f"--out {out}"):
+        os.makedirs(out, exist_ok=True)
+    return not existed
+
+
+def remove_unused(out):
+    """Removes a run directory into which nothing has been written but its lock."""
+    with contextlib.suppress(OSError):
+        if os.listdir(out) == [LOCK]:
+            os.remove(os.path.join(out, LOCK))
+        os.rmdir(out)                       # an OSError if it is not empty
+
 
 def take_lock(out):
     """The open lock file of a run directory. Refuses a directory that another process works in."""
-    lock = open(os.path.join(out, LOCK), "w")
+    with touching(f"--out {out}"):
+        lock = open(os.path.join(out, LOCK), "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # loader workers do not inherit it
-    except BlockingIOError:
-        fail(f"another process works in {out}: give another --out, or start one run's processes by torchrun")
+    except (BlockingIOError, PermissionError):
+        raise Refusal(f"another process works in {out}: give another --out, or start one run's processes by "
+                      "torchrun") from None
+    except OSError as error:                # Lustre without flock, NFS without lockd
+        say(f"note: no locks in {out} ({error.strerror}): nothing keeps a second run out of it")
     return lock
 
 
 def check_new(args, names):
     """Refuses an --out that holds one of the files `names`, unless --resume is given."""
     if not args.resume and any(os.path.exists(os.path.join(args.out, name)) for name in names):
-        fail(f"{args.out} holds a run: --resume goes on with it, --out starts another")
+        raise Refusal(f"{args.out} holds a run: --resume goes on with it, --out starts another")
+
+
+def go_on(out):
+    """The end of a line about a run that stops: how it goes on, "" if there is no checkpoint."""
+    ours = Path(out).glob("checkpoint*.pth")
+    detectrons = Path(out).glob("*/last_checkpoint")
+    return "; --resume goes on from the last checkpoint" if [*ours, *detectrons] else ""
 
 
 def write_atomically(path, write, previous=None):
@@ -275,17 +435,18 @@ def write_atomically(path, write, previous=None):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-    except BaseException:
-        if os.path.exists(path + ".tmp"):
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:                        # RuntimeError: torch.save, a full disk
+        raise Refusal(f"{path} cannot be written: {last_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):                          # there after a failure alone
             os.remove(path + ".tmp")                                # a full disk needs the room
-        raise
-    if previous and os.path.exists(path):
-        os.replace(path, previous)
-    os.replace(path + ".tmp", path)
 
 
 def checked(value):
-    """A nested state with its tensors on the CPU. FloatingPointError if one is not finite."""
+    """A nested state with its tensors on the CPU. Refuses one that is not finite."""
     if isinstance(value, dict):
         return {name: checked(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -293,22 +454,19 @@ def checked(value):
     if isinstance(value, torch.Tensor):
         value = value.cpu()
         if not value.isfinite().all():
-            raise FloatingPointError("weights or keys are not finite: lower --lr, or try --precision fp32")
+            raise Refusal("weights or keys are not finite: lower --lr, or try --precision fp32")
     return value
 
 
 def save_checkpoint(out, state):
-    """Writes checkpoint.pth, returns it as `checked`. The one before becomes checkpoint_prev.pth.
-
-    A full disk is an OSError, or torch.save's RuntimeError.
-    """
+    """Writes checkpoint.pth, returns it as `checked`. The one before becomes checkpoint_prev.pth."""
     path = os.path.join(out, "checkpoint.pth")
     state = checked(state)
     write_atomically(path, lambda f: torch.save(state, f), os.path.join(out, "checkpoint_prev.pth"))
     return state
 
 
-def read_checkpoint(out, say):
+def read_checkpoint(out):
     """The newest checkpoint in `out` that can be read, on the CPU; None if there is none. Runs no code."""
     paths = [os.path.join(out, name) for name in ("checkpoint.pth", "checkpoint_prev.pth")]
     paths = [path for path in paths if os.path.exists(path)]
@@ -323,17 +481,21 @@ def read_checkpoint(out, say):
         except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             say(f"{path} cannot be read: {last_line(error)[:80]}")
     if paths:
-        fail(f"no readable checkpoint in {out}; another --out starts afresh")
+        raise Refusal(f"no readable checkpoint in {out}; another --out starts afresh")
     say(f"no checkpoint in {out} yet: starting at step 0")
 
 
-def resume(args, settings, free, say):
-    """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ."""
-    state = read_checkpoint(args.out, say) if args.resume else None
+def resume(args, settings, free, hints=()):
+    """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ.
+
+    hints: {name of a setting: what to do where it differs}.
+    """
+    state = read_checkpoint(args.out) if args.resume else None
     if state and "settings" not in state:
         leave(f"{args.out}/checkpoint.pth is no checkpoint of {os.path.basename(sys.argv[0])}")
     if state and (differ := differences(state["settings"], settings, free)):
-        leave(f"cannot resume {args.out} with other settings: {differ}")
+        advice = [hints[name] for name in hints if state["settings"].get(name) != settings.get(name)]
+        leave("; ".join([f"cannot resume {args.out} with other settings: {differ}", *advice]))
     return state
 
 
@@ -368,14 +530,14 @@ def commit():
 
 # ---- Images ----------------------------------------------------------------------------------------------
 
-def find_images(folder, say=print):
+def find_images(folder):
     """Sorted paths (bytes, relative to `folder`) of the images at any depth.
 
     Links are followed, each folder once. Hidden folders and run directories hold no data. Other files are
     counted and said. A folder that cannot be listed is refused.
     """
     def refuse(error):
-        fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        raise Refusal(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
 
     found, seen, others = [], set(), collections.Counter()
     for where, subfolders, files in os.walk(os.fsencode(folder), onerror=refuse, followlinks=True):
@@ -393,5 +555,5 @@ def find_images(folder, say=print):
                 others[os.fsdecode(ending)] += 1
     if others:
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
-        say(f"{folder}: {others.total()} files left out, which are no images: {kinds}")
+        say(f"{folder}: {others.total()} files left out, which have no ending of an image that is read: {kinds}")
     return sorted(found)

@@ -45,8 +45,9 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
     """
     paths = [os.path.join(photos, name) for name in sorted(os.listdir(photos))]
     pasting = method in ("cp", "insloc")
-    views = Views(paths, 0, 64, (32, 64) if pasting else None)
-    make_group = MakeGroup(0, 64, pasting, jitter=method == "insloc", flip_moves_box=composite)
+    backgrounds = "group" if pasting else "none"
+    views = Views(paths, 0, 64, (32, 64), backgrounds=backgrounds)
+    make_group = MakeGroup(0, 64, backgrounds, jitter=method == "insloc", flip_moves_box=composite)
     torch.manual_seed(0)
     encoder_q = FPNEncoder("narrow18") if arch == "fpn" else C4Encoder("narrow18", roi_size=4)
     levels = 4 if arch == "fpn" else 1
@@ -59,13 +60,13 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
     def encode(encoder, views_of_group, jittered):
         images = torch.stack([view["images"] for view in views_of_group]).to(dtype) / 255
         params = {name: torch.stack([view[name] for view in views_of_group]) for name in views_of_group[0]}
-        true, jittered_boxes = params["boxes"], params["drawn_boxes"]
-        images, _ = photometric(images, params, true if pasting and not composite else None)
+        pasted = params["boxes"]
+        images, _ = photometric(images, params, pasted if pasting and not composite else None)
         images = torchvision.transforms.functional.normalize(images, (.485, .456, .406), (.229, .224, .225))
         if method == "moco":
             return encoder(images)
-        boxes = jittered_boxes if jittered else true
-        return encoder(images, [true, true, true, boxes] if arch == "fpn" else boxes)
+        boxes = params["drawn_boxes"] if jittered else pasted
+        return encoder(images, [pasted, pasted, pasted, boxes] if arch == "fpn" else boxes)
 
     for step in range(steps):
         epoch = step // 3
@@ -506,14 +507,15 @@ BAD = {
     "negative rate": (["--lr", -1, "DATA"], "--lr and --weight-decay must be numbers from 0 on"),
     "rate that is no number": (["--lr", "nan", "DATA"], "--lr and --weight-decay must be numbers from 0 on"),
     "seed too large": (["--seed", 2 ** 64, "DATA"], "--seed below 2**63"),
-    "more pictures than images": (["--preview", 41, "DATA"], "or --preview"),
+    "more pictures than images": (["--preview", 41, "DATA"], "has 40 images, less than --preview 41"),
     "momentum above one": (["--ema", 1.5, "DATA"], "--ema must be in [0, 1]"),
     "temperature of zero": (["--temperature", 0, "DATA"], "--temperature above 0"),
-    "batch larger than the data": (["--batch-size", 63, "DATA"], "has 40 images, less than a batch of 63"),
+    "batch larger than the data": (["--batch-size", 63, "DATA"], "has 40 images, less than --batch-size 63"),
     "weights that are none": (["--init", pretrain.__file__, "DATA"], "--init"),
     "output that is a file": (["--out", pretrain.__file__, "DATA"], pretrain.__file__),
     "output inside a file": (["--out", pretrain.__file__ + "/run", "DATA"], pretrain.__file__),
-    "list that is a picture": (["DATA/000.jpg"], "listed files do not exist"),
+    "list that is a picture": (["DATA/000.jpg"], "000.jpg is no text file of paths; if it is an archive"),
+    "output in a cloud": (["--out", "s3://bucket/run", "DATA"], "--out s3://bucket/run: only a folder of"),
     "queue larger than the memory": (["--queue-size", 10 ** 14, "DATA"], "out of memory: take a smaller"),
     "unknown argument": (["--batch", 5, "--nothing", "DATA"], "unrecognized arguments: --nothing"),
 }
