@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import json
 import logging
 import multiprocessing.queues
 import multiprocessing.resource_tracker
@@ -557,3 +558,46 @@ def find_images(folder):
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
         say(f"{folder}: {others.total()} files left out, which have no ending of an image that is read: {kinds}")
     return sorted(found)
+
+
+# ---- Probes ----------------------------------------------------------------------------------------------
+
+def start_probe(args, nets, images, progress=None):
+    """The settings of a probe's run and the checkpoint that it goes on from, or None.
+
+    nets: its frozen networks; images: a digest of its images; progress: the checkpoint's list that grows, or
+    None if the probe keeps no checkpoint. All processes leave if theirs differ.
+    """
+    settings = {**vars(args), "images": images, "nets": digest_of(nets)}
+    free = LOCAL | {"world", "weights", "trust", "boxes"}           # the digests stand for these
+    state = resume(args, settings, free, say) if progress else None
+    check_ranks({**settings, "done": len(state[progress]) if state else 0})
+    return settings, state
+
+
+def find_splits(args):
+    """DATA -> the paths of the images of train, of val, at any depth; a digest of their names."""
+    check_new(args, ("checkpoint.pth", "checkpoint_prev.pth", "results.json"))
+    paths, all_names = [], []
+    for split in ("train", "val"):
+        folder = os.path.join(args.data, split)
+        names = find_images(folder)
+        if len(names) <= max(3, args.world):
+            raise Refusal(f"{folder} has {len(names)} images; needed are four, and more than processes")
+        paths.append([os.path.join(folder, os.fsdecode(name)) for name in names])
+        all_names += [split.encode(), *names]
+    return *paths, digest(all_names)
+
+
+def digest_of(nets):
+    """Sixteen hex digits of all tensors of a network, bit for bit."""
+    return digest(tensor.cpu().numpy().tobytes() for tensor in nets.state_dict().values())
+
+
+def write_results(args, settings, nets, results):
+    """Writes the dict `results` and a probe's settings to results.json, if its networks are still the same."""
+    if digest_of(nets) != settings["nets"]:
+        raise Refusal("a frozen net has changed: the results are void")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        text = json.dumps({**results, "settings": settings, "commit": commit()}, indent=1)
+        write_atomically(os.path.join(args.out, "results.json"), lambda f: f.write(text.encode()))

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+from torchvision.transforms.v2.functional import center_crop, resize
 
-from insloc import FPNEncoder
+import stage
+from insloc import C4Encoder, FPNEncoder, read_image
 
 RESNETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "narrow18")
 INPUTS = {              # what no file says: mean and std of pixels, order of channels, stride in the 1x1
@@ -225,3 +227,51 @@ def to_detectron2(weights, arch):
             place = "roi_heads."
         renamed[place + re.sub(r"^conv1\.", "stem.conv1.", name)] = tensor
     return renamed
+
+
+# ---- Frozen networks and the images they see: what the probes share --------------------------------------
+
+def frozen_nets(args, arch, device):
+    """A probe's networks {"random": net, "given": net} and {name: what it was read from}.
+
+    The random net has the ResNet of WEIGHTS, and stands alone if they are `random`. What a file lacks of an
+    encoder is random, too. The networks are in eval mode and ask for no gradient; `.pixels` makes their input
+    of uint8 images. Refusal if WEIGHTS cannot be read.
+    """
+    found = {"random": random_weights(args.resnet)}
+    if args.weights != "random":
+        try:
+            given = read_weights(args.weights, args.trust, args.prefix, args.input)
+        except (OSError, ValueError) as error:
+            raise stage.Refusal(f"{args.weights}: {error}") from None
+        found = {"random": random_weights(given.resnet), "given": given}
+    nets, sources = torch.nn.ModuleDict(), {}
+    for name, weights in found.items():
+        torch.manual_seed(args.seed)
+        if arch == "fpn":
+            encoder = FPNEncoder(weights.resnet)
+            source = f"{weights.source}, {len(weights.extras)} tensors of its neck and box head"
+        else:
+            encoder = C4Encoder(weights.resnet, roi_size=min(14, args.image_size // 16))    # as pretrain.py
+            source = weights.source
+        load_trunk(encoder.resnet, weights)
+        encoder.load_state_dict(weights.extras, strict=False)           # those of an FPN mean nothing to C4
+        encoder.pixels = Pixels(weights)
+        nets[name] = encoder
+        sources[name] = source
+    return nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), sources
+
+
+def read_photo(path):
+    """An image file as uint8 (3, H, W). Refusal if it cannot be read: a score of the others would mislead."""
+    try:
+        return read_image(path)
+    except Exception as error:                                          # decoders fail in many ways
+        raise stage.Refusal(f"{path} cannot be read: {stage.last_line(error)}") from None
+
+
+def centre_view(image, size):
+    """The centre crop (3, size, size) of an image (3, H, W) whose short side is 8/7 of it. [MoCo v2]"""
+    longest = 4 * min(image.shape[1:])          # a long strip, resized as a whole, would take gigabytes
+    image = center_crop(image, [min(side, longest) for side in image.shape[1:]])
+    return center_crop(resize(image, [size * 8 // 7]), [size, size])    # 224 out of 256
