@@ -3,7 +3,7 @@
 The sections stand in the order in which data meets them:
 
     1 sampling and pasting       two crops of an image, pasted on backgrounds          Sec. 4.1, Eq. 3-4
-    2 box jitter                 true box -> an anchor that overlaps it                Sec. 4.2, Fig. 3
+    2 box jitter                 pasted box -> an anchor that overlaps it              Sec. 4.2, Fig. 3
     3 photometric augmentation   MoCo v2's, on whole tensors, inside the boxes         Sec. 5
     4 dataset and groups         a loader worker's way from files to a BatchNorm group
     5 encoders                   composite and box -> embeddings, C4 and FPN           Sec. 4.3, Eq. 5-6
@@ -41,9 +41,8 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 def generator_for(*seeds):
     """A CPU generator whose stream is decided by `seeds` alone (ints and strings).
 
-    Seeding by (seed, epoch, sample) instead of by process makes every draw independent of the number of ranks
-    and of workers, and of where a run was stopped and resumed. The seeds are hashed, since neighbouring integers
-    make poor ones.
+    Seeding by (seed, epoch, image) instead of by process makes every draw independent of ranks, of workers
+    and of where a run was resumed. The seeds are hashed, since neighbouring integers make poor ones.
     """
     digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -52,9 +51,9 @@ def generator_for(*seeds):
 def crop_box(height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """Where the random crop lies in an image of (height, width) pixels: (top, left, h, w), ints.
 
-    The area fraction is U(scale), the aspect w / h log-uniform in `ratio`. After ten tries that do not fit,
-    it is the largest centre crop with an allowed aspect, as in torchvision's RandomResizedCrop. [MoCo v2,
-    whose augmentation the paper takes]
+    Its share of the area is U(scale), its aspect w / h is log-uniform in `ratio`. After ten draws that do not
+    fit, it is the largest centre crop with an allowed aspect, as in torchvision's RandomResizedCrop.
+    [defaults: MoCo v2, which the augmentation of the foreground follows, Sec. 5]
     """
     for _ in range(10):
         area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
@@ -71,17 +70,19 @@ def crop_box(height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=No
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def paste(background, foreground, top, left, out=None):
+def paste(background, foreground, top, left):
     """The composition C of Eq. 3-4: background (3, S, S), foreground (3, h, w) -> new composite, box (4,).
 
-    Any dtype; the box is float32. The inputs stay untouched. out: a (3, S, S) tensor to write into.
-    ValueError if the foreground leaves the canvas.
+    The box is float32. The inputs stay untouched. ValueError if they differ in dtype or device, or if the
+    foreground leaves the canvas.
     """
-    h, w = foreground.shape[-2:]
-    if top < 0 or left < 0 or top + h > background.shape[-2] or left + w > background.shape[-1]:
-        raise ValueError(f"a {h}x{w} foreground at top {top}, left {left} leaves the canvas "
-                         f"of {background.shape[-2]}x{background.shape[-1]}")
-    composite = background.clone() if out is None else out.copy_(background)
+    h, w = foreground.shape[1:]
+    height, width = background.shape[1:]
+    if foreground.dtype != background.dtype or foreground.device != background.device:
+        raise ValueError("foreground and background must have one dtype and lie on one device")
+    if not (0 <= top <= height - h and 0 <= left <= width - w):
+        raise ValueError(f"a {h}x{w} crop at top {top}, left {left} leaves the canvas of {height}x{width}")
+    composite = background.clone()
     composite[:, top:top + h, left:left + w] = foreground
     return composite, torch.tensor([left, top, left + w, top + h], dtype=torch.float32)              # Eq. 3
 
@@ -91,11 +92,11 @@ def paste(background, foreground, top, left, out=None):
 def grid_anchors(image_size=256, stride=16, sizes=None, ratios=(0.5, 0.75, 1.0, 1.5, 2.0)):
     """RPN's anchors on a square canvas: (A, 4) float32, by row, column, size, ratio; 5120 for the defaults.
 
-    sizes: 32, 64, 128, 256 on a canvas of 256. On other canvases they scale with it, since a large box would
-    match no anchor of fixed sizes; the stride stays. ratio = h / w at area size**2. Centres lie at 0, stride,
-    2 stride, ...; boxes are not clipped. [values: released code]
+    Sizes are by default an eighth of the canvas to the canvas: on canvases other than 256 a large box would
+    match no anchor of fixed sizes. ratio = h / w at area size**2. Centres lie at 0, stride, 2 stride, ...;
+    boxes are not clipped. [values: released code]
     """
-    sizes = sizes or [image_size / n for n in (8, 4, 2, 1)]
+    sizes = sizes or (image_size / 8, image_size / 4, image_size / 2, image_size)
     size = torch.tensor(sizes, dtype=torch.float64)[:, None]
     ratio = torch.tensor(ratios, dtype=torch.float64)[None, :]
     half_h = (size * ratio.sqrt() / 2).flatten()
@@ -110,8 +111,8 @@ def grid_anchors(image_size=256, stride=16, sizes=None, ratios=(0.5, 0.75, 1.0, 
 def jitter_boxes(boxes, anchors, min_iou=0.5, generator=None):
     """Each box (N, 4) is replaced by one of the anchors (A, 4) with IoU > min_iou, uniformly chosen: (N, 4).
 
-    Only the query's box is jittered: its pooled features must then say "the instance" although the box also
-    covers background. A box that no anchor matches gets the anchor of highest IoU. DIVERGES: the release
+    Only the query's box is jittered: what it pools must then still say "the instance", although the anchor
+    also covers background. A box that no anchor matches gets the anchor of highest IoU. DIVERGES: the release
     thins the matches by NMS with random scores first; the paper does not mention it.
     """
     iou = box_iou(boxes, anchors)                                                                # (N, A)
@@ -121,15 +122,15 @@ def jitter_boxes(boxes, anchors, min_iou=0.5, generator=None):
     return anchors[torch.multinomial(weights, 1, generator=generator).squeeze(1)]
 
 
-# ---- 3  Photometric augmentation (Sec. 5 "data augmentation", MoCo v2's) on whole tensors ----------------
+# ---- 3  Photometric augmentation (Sec. 5, "data augmentation": MoCo v2's) on whole tensors ---------------
 
 def photometric_params(n, generator=None):
     """MoCo v2's augmentation drawn for n images: a dict of CPU tensors, one row an image.
 
     order (n, 4) long: which of 0 brightness, 1 contrast, 2 saturation, 3 hue comes first, second, ...;
     brightness, contrast, saturation (n,) factors in [0.6, 1.4] and hue (n,) in [-0.1, 0.1], as torchvision's
-    adjust_* functions take them; colour (p .8), gray (p .2), flip (p .5) (n,) bool; sigma (n,) in pixels,
-    U(.1, 2) with p .5, else 0 = no blur.
+    adjust_* functions take them; colour (p .8, whether these four happen), gray (p .2), flip (p .5), (n,)
+    bool; sigma (n,) of the blur in pixels, U(.1, 2) with p .5, else 0 = no blur.
     """
     def uniform(low, high):
         return torch.empty(n).uniform_(low, high, generator=generator)
@@ -150,75 +151,74 @@ def photometric_params(n, generator=None):
 def photometric(images, params, boxes=None):
     """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] -> new images, boxes.
 
-    params: see `photometric_params`; they and the boxes stay on the CPU, so that no line waits for a GPU.
-    With boxes (N, 4), on whole pixels, everything happens inside them as if each were an image of its own,
-    and no pixel outside changes; a flip turns the inside round and leaves the box where it is. With None the
-    whole images are augmented. DIVERGES: the release augments the composite (`--aug-on composite`); the paper
-    says foreground. needs: affine_maps, shift_hue, blur_matrix
+    params: see `photometric_params`. With boxes (N, 4), rounded to whole pixels, everything happens inside
+    them as if each were an image of its own, and no pixel outside changes; a flip turns the inside round and
+    leaves the box where it is. With boxes=None the whole images are augmented. Parameters and boxes stay on
+    the CPU, so that no line waits for a GPU. Images keep their dtype; half precision is computed in float32
+    (not so under autocast). ValueError for images of integers, and for a box that leaves its image.
+    DIVERGES: the release augments the composite (`--aug-on composite`); the paper says foreground.
+    needs: box_masks, affine_maps, shift_hue, blur_matrix
     """
-    n, _, height, width = images.shape
-    whole = torch.tensor([[0.0, 0.0, width, height]]).expand(n, 4)
-    hue_turn = (params["order"] == 3).float().argmax(dim=1)
-    hue_turn = torch.where(params["colour"], hue_turn, 4)
-    # Work on the images in the order of their turn for hue, 4 for none: those that have an operation before
-    # hue, or after it, are then a slice. Turn t's images start at starts[t].
-    by_hue = hue_turn.argsort()
-    starts = [(hue_turn < turn).sum().item() for turn in range(5)]
-    blurred = (params["sigma"][by_hue] > 0).float().argsort(descending=True)
-    n_blurred = (params["sigma"] > 0).sum().item()
+    height, width = images.shape[2:]
+    whole = torch.tensor([[0.0, 0.0, width, height]])
+    region = whole.expand(len(images), 4) if boxes is None else boxes.round()
+    if not images.is_floating_point() or (region < 0).any() or (region > whole[:, [2, 3, 2, 3]]).any():
+        raise ValueError("images must be float, in [0, 1], and no box may leave its image")
+    dtype = torch.promote_types(images.dtype, torch.float32)
 
-    # All that the device needs goes there as one matrix (N, 99), in one copy.
-    parts = (*affine_maps(params), params["hue"], params["sigma"], params["flip"],
-             whole if boxes is None else boxes)
-    packed = torch.cat([part.reshape(n, -1) for part in parts], dim=1)[by_hue]
-    indices = torch.stack([by_hue, by_hue.argsort(), blurred], dim=1)
-    packed = torch.cat([packed, indices], dim=1).to(images.device, images.dtype, non_blocking=True)
-    matrices, mean_matrices, hue, sigma, flip, box, indices = packed.split([45, 45, 1, 1, 1, 4, 3], dim=1)
-    matrices = matrices.reshape(n, 5, 3, 3)
-    mean_matrices = mean_matrices.reshape(n, 5, 3, 3)
-    by_hue, back, blurred = indices.long().unbind(dim=1)
+    def put(x):
+        return x.to(images.device, dtype, non_blocking=True)
 
-    x1, y1, x2, y2 = box.round().split(1, dim=1)                                                 # (N, 1) each
-    column = torch.arange(width, device=images.device)
-    row = torch.arange(height, device=images.device)
-    inside_x = (column >= x1) & (column < x2)                                                    # (N, W)
-    inside_y = (row >= y1) & (row < y2)                                                          # (N, H)
+    def which(chosen):                                  # bool (N,) -> the indices of those, (n,)
+        return chosen.nonzero().squeeze(1).to(images.device, non_blocking=True)
+
+    # Whole images are changed below. Means and blur see the inside alone, and the last line keeps the inside.
+    inside_x, inside_y, mirrored = box_masks(put(region), height, width)
     inside = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]                           # (N, 1, H, W)
-    mean_weights = inside.flatten(1)[:, :, None] / ((x2 - x1) * (y2 - y1))[:, :, None]           # (N, HW, 1)
+    share = inside.flatten(1).to(dtype)
+    share = (share / share.sum(dim=1, keepdim=True))[:, :, None]            # (N, HW, 1), of the mean
+    matrices, mean_matrices = affine_maps(params)
+    matrices = put(matrices)                                                                  # (N, 5, 3, 3)
+    mean_matrices = put(mean_matrices)                                                        # (N, 4, 3, 3)
+    hue = put(params["hue"])[:, None, None]
+    sigma = put(params["sigma"])[:, None]
 
-    x = images.flatten(2)[by_hue]                                                                # (N, 3, HW)
+    x = images.to(dtype).flatten(2)                                                              # (N, 3, HW)
+    for turn in range(4):                                       # colour jitter, in each image's order
+        offset = mean_matrices[:, turn] @ (x @ share)                                            # (N, 3, 1)
+        x = torch.baddbmm(offset, matrices[:, turn], x).clamp(0, 1)
+        now = which(params["colour"] & (params["order"][:, turn] == 3))             # hue is no affine map
+        x[now] = shift_hue(x[now], hue[now])
+    x = matrices[:, 4] @ x                                                                       # grayscale
+    x = x.unflatten(2, (height, width))                                                       # (N, 3, H, W)
 
-    def change(turn, first, last):                      # in place: the affine operation of a slice's images
-        if first < last:
-            part = x[first:last]
-            offset = mean_matrices[first:last, turn] @ (part @ mean_weights[first:last])         # (n, 3, 1)
-            torch.clamp(torch.baddbmm(offset, matrices[first:last, turn], part), 0, 1, out=part)
+    now = which(params["sigma"] > 0)
+    blur_y = blur_matrix(inside_y[now], sigma[now])[:, None]                                  # (n, 1, H, H)
+    blur_x = blur_matrix(inside_x[now], sigma[now])[:, None]                                  # (n, 1, W, W)
+    x[now] = blur_y @ x[now] @ blur_x.transpose(2, 3)
 
-    for turn in range(3):
-        change(turn, starts[turn + 1], starts[4])               # what comes before hue
-    if starts[4]:
-        x[:starts[4]] = shift_hue(x[:starts[4]], hue[:starts[4], :, None])
-    for turn in range(1, 4):
-        change(turn, 0, starts[turn])                           # what comes after it
-    x = (matrices[:, 4] @ x).unflatten(2, (height, width))                                      # grayscale
+    now = which(params["flip"])
+    columns = mirrored[now][:, None, None, :].expand(-1, 3, height, -1)                       # (n, 3, H, W)
+    x[now] = x[now].gather(3, columns)
+    return torch.where(inside, x, images).to(images.dtype), boxes
 
-    if n_blurred:
-        blurred = blurred[:n_blurred]
-        blur_y = blur_matrix(inside_y[blurred], sigma[blurred])
-        blur_x = blur_matrix(inside_x[blurred], sigma[blurred])
-        x[blurred] = blur_y[:, None] @ x[blurred] @ blur_x[:, None].transpose(2, 3)
 
-    mirrored = torch.where(inside_x & (flip > 0), x1 + x2 - 1 - column, column).long()           # (N, W)
-    x = x.gather(3, mirrored[:, None, None, :].expand_as(x))
-    return torch.where(inside[back], x[back], images), boxes
+def box_masks(boxes, height, width):
+    """Boxes (N, 4) -> inside_x (N, W), inside_y (N, H), bool; mirrored (N, W), the columns of a flip inside."""
+    x1, y1, x2, y2 = boxes.split(1, dim=1)                                                   # (N, 1) each
+    column = torch.arange(width, device=boxes.device)
+    row = torch.arange(height, device=boxes.device)
+    inside_x = (column >= x1) & (column < x2)
+    inside_y = (row >= y1) & (row < y2)
+    return inside_x, inside_y, torch.where(inside_x, x1 + x2 - 1 - column, column).long()
 
 
 def affine_maps(params):
-    """Colour jitter without hue, then grayscale, as five affine maps an image: two (N, 5, 3, 3) tensors.
+    """Colour jitter without hue, then grayscale: matrices (N, 5, 3, 3), mean_matrices (N, 4, 3, 3), float64.
 
     In turn t the pixel p (3,) becomes matrices[:, t] p + mean_matrices[:, t] m, clamped, where m is the mean
-    pixel. Brightness, contrast and saturation blend the image with black, with its mean gray and with its own
-    gray; hue, and an image without jitter, have the identity and zero.
+    pixel; grayscale is matrices[:, 4] p. Brightness, contrast and saturation blend the image with black, with
+    its mean gray and with its own gray. Hue, and an image without colour jitter, have the identity and zero.
     """
     identity = torch.eye(3, dtype=torch.float64)
     to_gray = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64).expand(3, 3)    # ITU-R 601 luma
@@ -231,23 +231,25 @@ def affine_maps(params):
     is_saturation = (order == 2)[:, :, None, None]
     matrices = factors * identity + (1 - factors) * is_saturation * to_gray                     # (N, 4, 3, 3)
     mean_matrices = (1 - factors) * is_contrast * to_gray
-    last = torch.where(params["gray"][:, None, None, None], to_gray, identity)                  # (N, 1, 3, 3)
-    return torch.cat([matrices, last], dim=1), torch.cat([mean_matrices, torch.zeros_like(last)], dim=1)
+    grayscale = torch.where(params["gray"][:, None, None, None], to_gray, identity)             # (N, 1, 3, 3)
+    return torch.cat([matrices, grayscale], dim=1), mean_matrices
 
 
 def shift_hue(x, turns):
-    """Hue of pixels x (N, 3, P) in [0, 1] turned by `turns` (N, 1, 1) full circles: RGB -> HSV -> RGB."""
+    """Hue of pixels x (N, 3, P) in [0, 1] turned by `turns` (N, 1, 1) full circles: RGB -> HSV -> RGB.
+
+    With H in sixths of the circle, V = high and V S = high - low, HSV's formula for a channel is
+    V - V S clamp(min(k, 4 - k), 0, 1), k = (n + H) mod 6, n = 5 for red, 3 for green, 1 for blue.
+    """
     high = x.amax(dim=1, keepdim=True)
     low = x.amin(dim=1, keepdim=True)
     chroma = high - low
     r, g, b = x.split(1, dim=1)
     hue = torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(high == r, g - b, hue) / chroma.clamp(min=1e-12)              # in sixths of the circle
-    # Each channel falls from high to low over one sixth of the circle, stays there for two, and rises; red,
-    # green and blue stand 5, 3 and 1 sixths ahead.
-    ahead = (5 - 2 * torch.arange(3, device=x.device))[:, None]
-    k = (hue + (ahead + 6 * turns)) % 6
-    return torch.lerp(high, low, torch.minimum(k, 4 - k).clamp(0, 1))
+    n = (5 - 2 * torch.arange(3, device=x.device))[:, None]                         # 5, 3, 1
+    sixths = (hue + (n + 6 * turns)) % 6                                            # k
+    return torch.lerp(high, low, torch.minimum(sixths, 4 - sixths).clamp(0, 1))
 
 
 def blur_matrix(inside, sigma):
@@ -258,7 +260,7 @@ def blur_matrix(inside, sigma):
     """
     position = torch.arange(inside.shape[1], device=inside.device, dtype=sigma.dtype)
     distance = position[:, None] - position[None, :]                                             # (X, X)
-    weight = torch.exp(-0.5 * (distance.clamp(-9, 9) / sigma[:, :, None]) ** 2)                  # (N, X, X)
+    weight = torch.exp(-0.5 * (distance / sigma[:, :, None]) ** 2)                            # (N, X, X)
     weight = weight * (distance.abs() <= 8) * inside[:, None, :]
     return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-12)
 
@@ -270,19 +272,25 @@ class Unreadable(OSError):
 
 
 class TooFewImages(ValueError):
-    """A group has no three different images, so that a background would show the sample itself."""
+    """A group has no three different images: a sample and two backgrounds."""
 
 
 def read_image(path):
     """An image file as uint8 (3, H, W), RGB, pixel by pixel in memory: so it crops and resizes fastest.
 
     Pillow reads the header and refuses decompression bombs. A JPEG is decoded by torchvision, anything else,
-    and what that refuses, by Pillow. EXIF rotation is ignored, as in torchvision's ImageFolder. Any exception
-    means that the file cannot be used.
+    and what that refuses, by Pillow. EXIF rotation is ignored, as in torchvision's ImageFolder. OSError if
+    the file cannot be used.
     """
+    def of_pillow(function, *args):
+        try:
+            return function(*args)
+        except Exception as error:                              # a bad file makes Pillow fail in many ways
+            raise OSError(str(error) or type(error).__name__) from error
+
     if not os.path.isfile(path):                                     # a pipe or a device would block for ever
         raise OSError("not a file")
-    with PIL.Image.open(path) as image:
+    with of_pillow(PIL.Image.open, path) as image:
         if image.format in ("JPEG", "MPO"):                 # MPO: several JPEGs, the first is the picture
             data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
             try:
@@ -292,27 +300,26 @@ def read_image(path):
         if image.mode in ("F", "I") and image.format != "PNG":
             raise OSError(f"pixels of mode {image.mode} have no known range")
         if image.mode.startswith("I"):                         # 16 bits a pixel: Pillow would clip, not scale
-            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            pixels = of_pillow(np.asarray, image)
+            image = PIL.Image.fromarray((pixels.clip(0, 65535) / 257).astype(np.uint8))
+        return torch.from_numpy(np.array(of_pillow(image.convert, "RGB"))).permute(2, 0, 1)
 
 
 @dataclasses.dataclass
 class Views(torch.utils.data.Dataset):
-    """Eq. 3-4 up to the pasting: an image, decoded once, gives two random resized crops and a background.
+    """Image files as samples of MakeGroup: each file is decoded once, for two random crops and a background.
 
-    Items are asked for by address (epoch, step, group number, index), see `batches`; an item is a dict: query,
-    key uint8 (3, h, w), backgrounds (a list of uint8 (3, S, S)), source (the image's index), unreadable
-    (indices), seeds (step, group number). A file that cannot be read is replaced by another one, drawn from
-    the sample's own generator. Unreadable after ten of them.
+    views[address] is a sample; `batches` makes addresses. A file that cannot be read is replaced by another
+    one, drawn from the sample's own generator. Unreadable is raised after ten of them.
     needs: generator_for, crop_box, read_image, Unreadable
     """
     paths: Sequence                     # str or bytes; forked workers share a NumPy array, but copy a list
     seed: int = 0
-    image_size: int = 256
-    fg_size: tuple = (128, 256)         # sides of a crop, ends included
-    ratio: tuple = (3 / 4, 4 / 3)       # w / h of the crop before it is resized
-    keep_aspect: bool = False           # fit the crop into the drawn sides, do not stretch it, as released
-    backgrounds: str = "group"          # or "dataset": two more images for this sample, as released; or "none"
+    image_size: int = 256               # S
+    fg_size: tuple = (128, 256)         # h and w of a crop are drawn from this range, ends included
+    ratio: tuple = (3 / 4, 4 / 3)       # w / h of a crop before it is resized [MoCo v2]
+    keep_aspect: bool = False           # whether the resized crop has this ratio, too
+    backgrounds: str = "group"          # "group", "dataset" or "none": see MakeGroup
 
     def __getitem__(self, address):
         epoch, step, group_number, index = address
@@ -329,7 +336,7 @@ class Views(torch.utils.data.Dataset):
             others = self.read_two(source, unreadable, generator)
             backgrounds = [self.resize(other, canvas) for other in others]
         return {"query": query, "key": key, "backgrounds": backgrounds, "source": source,
-                "unreadable": unreadable, "seeds": (step, group_number)}
+                "seeds": (step, group_number), "unreadable": unreadable}
 
     def read_two(self, source, unreadable, generator):
         """Two images, neither the one at `source` nor twice the same. Unreadable if there are no such two."""
@@ -346,21 +353,25 @@ class Views(torch.utils.data.Dataset):
     def read(self, index, unreadable, generator):
         """The image at `index`, or at another index if that cannot be read, and its index."""
         for _ in range(10):
+            path = os.fsdecode(self.paths[index])
             try:
-                return read_image(os.fsdecode(self.paths[index])), index
-            except Exception as error:          # decoders fail in many ways; the caller counts and names
-                reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+                return read_image(path), index
+            except OSError as error:                        # the caller counts and names these files
+                reason = str(error).partition("\n")[0][:80]
                 unreadable.append(index)
                 index = torch.randint(len(self.paths), (1,), generator=generator).item()
-        path = os.fsdecode(self.paths[unreadable[-1]])
         raise Unreadable(f"ten files in a row cannot be read, such as {path!r}: {reason}")
 
     def crop(self, image, generator):
+        """A random crop, stretched to random sides, as the paper says: MoCo v2's crop, then a random aspect.
+
+        DIVERGES: the release draws the crop's aspect from (1/2, 2) and keeps it (`--keep-aspect` does both).
+        """
         top, left, h, w = crop_box(*image.shape[-2:], ratio=self.ratio, generator=generator)
         size = [self.image_size, self.image_size]
         if self.backgrounds != "none":
             low, high = self.fg_size
-            size = torch.randint(low, high + 1, (2,), generator=generator).tolist()    # h and w independently
+            size = torch.randint(low, high + 1, (2,), generator=generator).tolist()      # h, w independently
             if self.keep_aspect:                # into the drawn sides, long to long and short to short
                 fit = min(max(size) / max(h, w), min(size) / min(h, w))
                 size = [max(1, round(h * fit)), max(1, round(w * fit))]
@@ -375,58 +386,77 @@ class Views(torch.utils.data.Dataset):
 
 @dataclasses.dataclass
 class MakeGroup:
-    """The collate function: the samples of a BatchNorm group -> composites, boxes, augmentation parameters.
+    """The collate function: the samples of a BatchNorm group -> {"query": view, "key": view, "unreadable": []}.
 
-    Returns {"query": view, "key": view, "unreadable": indices}. A view is a dict: images uint8 (N, 3, S, S)
-    in channels_last memory, boxes (N, 4) the pasted ones, drawn_boxes (N, 4) (differ for queries only), and the
-    tensors of `photometric_params`.
+    A sample, from Views or from a data set of your own, is a dict:
+        query, key    uint8 (3, h, w), h and w at most S: two crops of one image
+        source        int: which image that is
+        backgrounds   a list of uint8 (3, S, S). "group": one, the image itself, for crops of other images;
+                      "dataset": two, for this query and this key; "none": no one, the crops fill the canvas
+        seeds         ints: those of the first sample seed all draws of the group; (step, group number)
+        unreadable    indices of files that could not be read; may be absent
+    A view is a dict: images uint8 (N, 3, S, S); boxes (N, 4), where the crops are pasted; drawn_boxes (N, 4),
+    what the encoder pools (jitter changes the query's); and the tensors of `photometric_params`.
 
-    Backgrounds come from the other samples of the group and cost no decode. Each alone is a uniformly random
-    other training image, but within a group they are not independent. DIVERGES: the release decodes two more
-    images a sample (backgrounds="dataset").
+    DIVERGES: the paper's background is any other training image, for which the release decodes two more
+    images a sample ("dataset"). In a "group" they cost no decode, but are not independent of each other.
     needs: generator_for, paste, grid_anchors, jitter_boxes, photometric_params, choose_backgrounds
     """
     seed: int = 0
-    image_size: int = 256
+    image_size: int = 256               # S
     backgrounds: str = "group"
     jitter: bool = True
     flip_moves_box: bool = False        # for augmentation of the whole composite, where a flip moves the box
 
     def __call__(self, samples):
         generator = generator_for(self.seed, "group", *samples[0]["seeds"])
+        behind_queries, behind_keys = zip(*self.pair_backgrounds(samples, generator))
+        queries = [sample["query"] for sample in samples]
+        keys = [sample["key"] for sample in samples]
+        unreadable = sum([sample.get("unreadable", []) for sample in samples], [])
+        key = self.paste_all(keys, behind_keys, generator)                                           # Eq. 4
+        query = self.paste_all(queries, behind_queries, generator)                                   # Eq. 3
+        if self.jitter:                                 # drawn last: without it the composites are the same
+            anchors = grid_anchors(self.image_size)
+            query["drawn_boxes"] = jitter_boxes(query["boxes"], anchors, generator=generator)   # Sec. 4.2
+        return {"query": query, "key": key, "unreadable": unreadable}
+
+    def pair_backgrounds(self, samples, generator):
+        """What each sample's query and key are pasted on: N pairs."""
+        count = {"group": 1, "dataset": 2, "none": 0}[self.backgrounds]
+        for sample in samples:
+            if len(sample["backgrounds"]) != count:
+                raise ValueError(f"a sample brings {len(sample['backgrounds'])} backgrounds, "
+                                 f"with backgrounds={self.backgrounds!r} it must be {count}")
+        if self.backgrounds == "none":                  # a crop covers whatever it is pasted on: here itself
+            return [(sample["query"], sample["key"]) for sample in samples]
+        if self.backgrounds == "dataset":
+            return [sample["backgrounds"] for sample in samples]
+        pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
+        return [(samples[i]["backgrounds"][0], samples[j]["backgrounds"][0]) for i, j in pairs]
+
+    def paste_all(self, crops, backgrounds, generator):
+        """A view: each crop is pasted at a uniformly random place of its background."""
         size = self.image_size
-        backgrounds = [sample["backgrounds"] for sample in samples]
-        if self.backgrounds == "none":      # a crop that fills the canvas covers whatever it is pasted on
-            backgrounds = [[sample["query"], sample["key"]] for sample in samples]
-        elif self.backgrounds == "group":
-            pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
-            backgrounds = [[backgrounds[i][0] for i in pair] for pair in pairs]
-        group = {"unreadable": [index for sample in samples for index in sample.get("unreadable", [])]}
-        for side, name in ((1, "key"), (0, "query")):      # jitter is drawn last: it changes no composite
-            view = photometric_params(len(samples), generator)
-            images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
-            if torch.utils.data.get_worker_info():          # a worker would otherwise copy it to hand it over
-                images.share_memory_()
-            view["images"] = images.permute(0, 3, 1, 2)                             # pixel by pixel in memory
-            view["boxes"] = torch.empty(len(samples), 4)
-            for i, sample in enumerate(samples):
-                h, w = sample[name].shape[-2:]
-                top = torch.randint(0, size - h + 1, (1,), generator=generator).item()
-                left = torch.randint(0, size - w + 1, (1,), generator=generator).item()
-                _, view["boxes"][i] = paste(backgrounds[i][side], sample[name], top, left, view["images"][i])
-            if self.flip_moves_box:
-                x1, y1, x2, y2 = view["boxes"].unbind(dim=1)
-                flipped = torch.stack([size - x2, y1, size - x1, y2], dim=1)
-                view["boxes"] = torch.where(view["flip"][:, None], flipped, view["boxes"])
-            view["drawn_boxes"] = view["boxes"]
-            if self.jitter and name == "query":                                 # Sec. 4.2: the query alone
-                view["drawn_boxes"] = jitter_boxes(view["boxes"], grid_anchors(size), generator=generator)
-            group[name] = view
-        return group
+        view = photometric_params(len(crops), generator)
+        images = torch.empty(len(crops), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        boxes = torch.empty(len(crops), 4)
+        for i, (crop, background) in enumerate(zip(crops, backgrounds)):
+            h, w = crop.shape[1:]
+            if crop.dtype != torch.uint8 or max(h, w) > size:
+                raise ValueError(f"a crop of {crop.dtype}, {h}x{w}: it must be uint8, at most {size}x{size}")
+            top = torch.randint(0, size - h + 1, (1,), generator=generator).item()
+            left = torch.randint(0, size - w + 1, (1,), generator=generator).item()
+            images[i], boxes[i] = paste(background, crop, top, left)
+        if self.flip_moves_box:
+            x1, y1, x2, y2 = boxes.unbind(dim=1)
+            flipped = torch.stack([size - x2, y1, size - x1, y2], dim=1)
+            boxes = torch.where(view["flip"][:, None], flipped, boxes)
+        return {**view, "images": images, "boxes": boxes, "drawn_boxes": boxes}
 
 
 def choose_backgrounds(sources, generator):
-    """Indices of N images -> (N, 2): for each sample the positions of query's and key's background.
+    """Sources of N samples -> N pairs: at which positions the query's and the key's background stand.
 
     Each is uniform among the samples of other images. The two are of different images, since a shared
     background could give the positive away. TooFewImages if there are no three different images.
@@ -434,7 +464,7 @@ def choose_backgrounds(sources, generator):
     """
     if len(set(sources)) < 3:
         raise TooFewImages("a group needs three different images, a sample and two backgrounds: take larger "
-                         "groups, or repair damaged images")
+                           "groups, or repair damaged images")
     sources = torch.tensor(sources)
     for_query = sources[:, None] != sources                                                      # (N, N)
     query = torch.multinomial(for_query.float(), 1, generator=generator)                         # (N, 1)
@@ -446,12 +476,13 @@ def choose_backgrounds(sources, generator):
 def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, own_groups=None):
     """The batch sampler of a whole run: step by step, the list of addresses of each group.
 
-    An address is (epoch, step, group number, index).
-
-    A step takes batch_size images, split into batch_size / group_size groups; the last incomplete batch of an
-    epoch is dropped. start_step: resume there. own_groups: the numbers of this rank's groups (a
-    range); None is all of them. needs: generator_for
+    An address is (epoch, step, group number, image's index). Each epoch has its own order and drops the last
+    incomplete batch. start_step: where to resume. own_groups: the numbers of this rank's groups; None is all.
+    ValueError for fewer images than a batch, and for a batch that groups do not divide.
+    needs: generator_for
     """
+    if n_images < batch_size or batch_size % group_size:
+        raise ValueError(f"no batches of {batch_size} of {n_images} images in groups of {group_size}")
     if own_groups is None:
         own_groups = range(batch_size // group_size)
     steps = n_images // batch_size
@@ -467,16 +498,21 @@ def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, own_
 # ---- 5  Encoders (Sec. 4.3): the detector's own parts, so that fine-tuning adds RPN and predictors alone -
 
 class NarrowResNet(torchvision.models.ResNet):
-    """Blocks at a quarter of their width, for tests and small studies on a CPU."""
+    """A ResNet with blocks of a quarter of the width, for tests and small studies on a CPU."""
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         return super()._make_layer(block, planes // 4, blocks, stride, dilate)
 
 
 def make_resnet(name):
-    """torchvision's ResNet, or `narrow18`, without fc; `.inplanes` is its width.    needs: NarrowResNet"""
+    """torchvision's ResNet, or `narrow18`, `narrow50`, without fc; `.inplanes` is its width.
+
+    needs: NarrowResNet
+    """
     if name == "narrow18":
         net = NarrowResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
+    elif name == "narrow50":
+        net = NarrowResNet(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3])
     else:
         net = getattr(torchvision.models, name)(weights=None)
     net.fc = nn.Identity()
@@ -488,11 +524,13 @@ def roi_pool(features, boxes, size, scale):
 
     Boxes are in pixels of the image, scale is that of the features. This is detectron2's ROIAlignV2: aligned,
     adaptive number of samples. It runs in float32 whatever autocast gives, since bfloat16 cannot hold box
-    corners; dtype and memory format come back as they were (roi_align itself returns contiguous).
+    corners; dtype and memory format come back as they were. ValueError for boxes of another number of images.
     """
+    if len(boxes) != len(features):
+        raise ValueError(f"boxes of {len(boxes)} images, features of {len(features)}")
     boxes = boxes.reshape(len(boxes), -1, 4)                                                     # (N, M, 4)
     image = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
-    x = features if features.dtype == torch.float64 else features.float()
+    x = features.to(torch.promote_types(features.dtype, torch.float32))
     rois = torch.cat([image.to(x.dtype), boxes.to(x.dtype)], dim=2).reshape(-1, 5)
     x = roi_align(x, rois, size, spatial_scale=scale, sampling_ratio=-1, aligned=True)
     if features.is_contiguous(memory_format=torch.channels_last):
@@ -501,15 +539,16 @@ def roi_pool(features, boxes, size, scale):
 
 
 def unit(x):
-    """Embeddings onto the unit sphere, in float32 at least."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    """Embeddings (..., D) onto the unit sphere, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class C4Encoder(nn.Module):
-    """R50-C4: ResNet up to res4, RoIAlign, res5 as the head, mean, two-layer MLP.
+    """R50-C4: the ResNet up to res4, RoIAlign, res5 as the head, the mean, a two-layer MLP.
 
-    With boxes=None it is MoCo v2's network. Parameters: 27,966,656 for resnet50. roi_size: 14 [detectron2];
-    with image_size / 16 RoIAlign of the whole canvas is the identity. needs: make_resnet, roi_pool, unit
+    With boxes=None it is MoCo v2's network. It has 27,966,656 parameters for resnet50. roi_size: 14 is
+    detectron2's; with image_size / 16 RoIAlign of the whole canvas is the identity.
+    needs: make_resnet, roi_pool, unit
     """
     levels = ("c4",)
 
@@ -542,17 +581,18 @@ class C4Encoder(nn.Module):
 class FPNEncoder(nn.Module):
     """R50-FPN: every box is pooled on all levels P2..P5, one head serves them, each level has its own queue.
 
-    fpn: 256 channels, BatchNorm on lateral and output convolutions, as detectron2's FPN with NORM "BN".
-    box_head: 4 x (conv 3x3, BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its
-    BatchNorm sees the levels together. projector: the two-layer MLP. Parameters: 43,242,688 for resnet50.
-    [head: released code]            needs: make_resnet, roi_pool, unit
+    fpn has 256 channels and BatchNorm after every convolution, as detectron2's FPN with NORM "BN". box_head
+    is 4 x (conv 3x3, BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its BatchNorm sees
+    the levels together [released code]. projector is the two-layer MLP. 43,242,688 parameters for resnet50.
+    needs: make_resnet, roi_pool, unit
     """
     levels = ("p2", "p3", "p4", "p5")
 
     def __init__(self, resnet="resnet50", dim=128):
         super().__init__()
         self.resnet = make_resnet(resnet)
-        widths = [self.resnet.inplanes // n for n in (8, 4, 2, 1)]
+        width = self.resnet.inplanes
+        widths = [width // 8, width // 4, width // 2, width]
         self.fpn = FeaturePyramidNetwork(widths, 256, norm_layer=nn.BatchNorm2d)
         head = OrderedDict()
         for i in range(1, 5):
@@ -582,7 +622,7 @@ class FPNEncoder(nn.Module):
         """boxes (N, 4) or (N, M, 4) for all levels, or a list of four such, one a level -> (N*M, 4, 1024)."""
         boxes = boxes if isinstance(boxes, (list, tuple)) else [boxes] * 4
         pooled = []
-        for level, level_boxes, stride in zip(self.pyramid(images), boxes, (4, 8, 16, 32)):
+        for level, level_boxes, stride in zip(self.pyramid(images), boxes, (4, 8, 16, 32), strict=True):
             x = roi_pool(level, level_boxes, size=7, scale=1 / stride)                           # Eq. 5, 6
             pooled.append(x.permute(0, 2, 3, 1))
         x = torch.stack(pooled, dim=1)                                                   # (N*M, 4, 7, 7, 256)
@@ -611,8 +651,10 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """keys (B, L, D), the same on every rank, overwrite the oldest; B need not divide K."""
-        size = self.keys.shape[2]
+        """keys (B, L, D), any B, the same on every rank, overwrite the oldest and take the queue's dtype."""
+        levels, dim, size = self.keys.shape
+        if keys.shape[1:] != (levels, dim):
+            raise ValueError(f"keys of {tuple(keys.shape)} for a queue of levels x dim = {levels} x {dim}")
         skip = max(0, len(keys) - size)                # of more keys than the queue holds, the last ones stay
         column = (self.ptr + torch.arange(skip, len(keys), device=self.ptr.device)) % size
         self.keys[:, :, column] = keys[skip:].permute(1, 2, 0).to(self.keys.dtype)
@@ -623,11 +665,16 @@ class KeyQueue(nn.Module):
 def info_nce(q, k, queue, temperature=0.2):
     """Eq. 2 per level: q, k (N, L, D), queue (L, D, K) -> loss (L,), mean over N; logits (N, L, 1 + K).
 
-    The positive is the first logit. Gradients reach q alone. float32 at least, inside autocast too. Chance
-    is log(1 + K): 11.09 for K = 65536, for alike keys.
+    The positive is the first logit. Gradients reach q alone. Computed in q's dtype, float32 at least, inside
+    autocast too. If all keys are alike, the loss is log(1 + K): 11.09 for K = 65536.
     """
+    if q.shape != k.shape:
+        raise ValueError(f"q of {tuple(q.shape)}, k of {tuple(k.shape)}: each query has one key")
+    dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, queue = (x if x.dtype == torch.float64 else x.float() for x in (q, k.detach(), queue.detach()))
+        q = q.to(dtype)
+        k = k.detach().to(dtype)
+        queue = queue.detach().to(dtype)
         positive = (q * k).sum(dim=2, keepdim=True)                                              # (N, L, 1)
         negative = torch.einsum("nld,ldk->nlk", q, queue)                                        # (N, L, K)
         logits = torch.cat([positive, negative], dim=2) / temperature

@@ -42,6 +42,22 @@ def test_queue_equals_a_deque(sizes, dtype):
         assert torch.equal(oldest_first, torch.stack(list(deque))) and not queue.keys.requires_grad
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 3), (4, 2, 1), (4, 3), (1, 2, 3, 1)])
+def test_queue_refuses_keys_of_another_shape(shape):
+    queue = KeyQueue(10, 3, 2, seeded(41))
+    with pytest.raises(ValueError, match="2 x 3"):              # a broadcast would fill it with copies
+        queue.enqueue(torch.ones(shape))
+    assert queue.filled == 0
+
+
+def test_queue_keeps_its_dtype():
+    queue = KeyQueue(10, 3, 2, seeded(41))
+    keys = unit_vectors(4, 2, 3).bfloat16()
+    queue.enqueue(keys)
+    assert queue.keys.dtype == torch.float32
+    assert torch.equal(queue.keys[:, :, :4].permute(2, 0, 1), keys.float())
+
+
 def slow_info_nce(q, k, queue, temperature):
     """Eq. 2 in float64 NumPy, sample by sample, level by level: losses (L,), logits, their sum's gradient."""
     q, k, queue = (x.detach().double().numpy() for x in (q, k, queue))
@@ -67,6 +83,12 @@ def test_info_nce_equals_its_closed_form_and_teaches_the_query_alone(arguments, 
     expected = slow_info_nce(q, k, queue, *arguments or [0.2])
     for mine, theirs in zip((loss, logits, q.grad), expected, strict=True):
         np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8), (5, 1, 8), (5, 2, 1)])
+def test_info_nce_refuses_to_broadcast_a_key(shape):
+    with pytest.raises(ValueError, match="each query has one key"):
+        info_nce(unit_vectors(5, 2, 8), unit_vectors(*shape), unit_vectors(2, 8, 11))
 
 
 def test_info_nce_stays_finite_where_exp_would_not():

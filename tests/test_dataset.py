@@ -98,7 +98,7 @@ def test_read_image_leaves_what_torchvision_refuses_to_pillow(tmp_path, monkeypa
 def test_read_image_refuses_decompression_bombs_by_their_header(tmp_path, suffix, monkeypatch):
     picture(20, 20).save(tmp_path / f"bomb.{suffix}")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 199)             # Pillow's error is above twice this
-    with pytest.raises(PIL.Image.DecompressionBombError):
+    with pytest.raises(OSError, match="decompression bomb"):
         read_image(tmp_path / f"bomb.{suffix}")
 
 
@@ -123,6 +123,29 @@ def test_read_image_raises_for_what_is_no_image(tmp_path, kind):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SyntaxError("broken PNG"), ZeroDivisionError()])
+def test_whatever_pillow_raises_says_that_the_file_cannot_be_used(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    picture(20, 30).save(tmp_path / "image.png")
+    monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+    with pytest.raises(OSError) as caught:
+        read_image(tmp_path / "image.png")
+    assert caught.value.__cause__ is error and str(caught.value)
+
+
+@pytest.mark.parametrize("error", [NameError, AttributeError, TypeError, ValueError])
+def test_a_bug_in_read_image_is_no_unreadable_file(tmp_path, monkeypatch, error):
+    def bug(*_, **__):
+        raise error("a slip of the keyboard")
+
+    picture(20, 30).save(tmp_path / "image.jpg")
+    monkeypatch.setattr(np, "fromfile", bug)
+    with pytest.raises(error, match="keyboard"):
+        Views([str(tmp_path / "image.jpg")])[0, 0, 0, 0]
 
 
 # ---- Views
@@ -167,11 +190,11 @@ def test_items_depend_on_seed_epoch_and_index_alone(tmp_path, backgrounds):
     damage(tmp_path / "003.png")                                        # its replacement is drawn
     views, again, other_seed = (Views(paths, seed, 32, (16, 32), backgrounds=backgrounds)
                                 for seed in (0, 0, 1))
-    keys = list(itertools.product(range(2), range(2), range(2), range(6)))
-    items = {key: views[key] for key in keys}
+    addresses = list(itertools.product(range(2), range(2), range(2), range(6)))
+    items = {address: views[address] for address in addresses}
     torch.manual_seed(99)
-    random.Random(0).shuffle(keys)
-    for epoch, step, group, index in keys:
+    random.Random(0).shuffle(addresses)
+    for epoch, step, group, index in addresses:
         item = again[epoch, step, group, index]
         assert item["seeds"] == (step, group)
         assert_equal(item, dict(items[epoch, 0, 0, index], seeds=(step, group)))
@@ -288,6 +311,43 @@ def test_a_group_of_fewer_than_three_images_is_refused(sources):
     MakeGroup(image_size=32)(solid_samples(3))                          # three will do
 
 
+@pytest.mark.parametrize("backgrounds, brought", [
+    ("group", 2), ("group", 0), ("dataset", 1), ("dataset", 3), ("none", 1)])
+def test_a_sample_must_bring_the_backgrounds_that_its_group_pastes_on(backgrounds, brought):
+    samples = solid_samples(4, backgrounds=[torch.zeros(3, 32, 32, dtype=torch.uint8)] * brought)
+    with pytest.raises(ValueError, match=f"brings {brought} backgrounds"):
+        MakeGroup(image_size=32, backgrounds=backgrounds)(samples)
+
+
+def test_an_unknown_way_to_choose_backgrounds_is_refused():
+    with pytest.raises(KeyError, match="Group"):
+        MakeGroup(image_size=32, backgrounds="Group")(solid_samples(4))
+
+
+@sides
+@pytest.mark.parametrize("crop", [torch.zeros(3, 33, 8, dtype=torch.uint8), torch.zeros(3, 8, 33, dtype=torch.uint8),
+                                  torch.zeros(3, 8, 8)], ids=["high", "wide", "float"])
+def test_a_crop_that_is_no_uint8_or_larger_than_the_canvas_is_refused(name, crop):
+    with pytest.raises(ValueError, match="must be uint8, at most 32x32"):
+        MakeGroup(image_size=32)(solid_samples(4, **{name: crop}))
+
+
+@pytest.mark.parametrize("size", [24, 40])
+def test_backgrounds_of_another_size_than_the_canvas_are_refused(size):
+    with pytest.raises((RuntimeError, ValueError), match="canvas|size"):
+        MakeGroup(image_size=32)(solid_samples(8, size))
+
+
+def test_a_sample_need_not_say_what_was_unreadable():
+    samples = solid_samples(4)
+    expected = MakeGroup(image_size=32)(samples)
+    for sample in samples:
+        del sample["unreadable"]
+    group = MakeGroup(image_size=32)(samples)
+    assert group.pop("unreadable") == [] != expected.pop("unreadable")
+    assert_equal(group, expected)
+
+
 def test_group_uses_the_backgrounds_that_the_samples_bring():
     samples = solid_samples(4)
     for sample in samples:
@@ -318,7 +378,7 @@ def test_only_the_querys_boxes_are_jittered_and_nothing_else_depends_on_it():
     assert_equal(group, still)                                  # cp and insloc see the same composites
 
 
-def test_group_is_decided_by_seed_step_and_group():
+def test_group_is_decided_by_its_seeds():
     torch.manual_seed(1)
     first = MakeGroup(0, 32)(solid_samples(5))
     torch.manual_seed(2)
@@ -377,9 +437,9 @@ def test_loader_workers_and_the_global_generator_change_nothing(tmp_path, backgr
 
 def test_batches_are_permutations_cut_into_groups():
     groups = list(batches(53, 12, 4, epochs=5, seed=3))
-    assert [keys[0][:3] for keys in groups] == [(n // 12, n // 3, n % 3) for n in range(60)]
-    assert all(len(keys) == 4 and len({key[:3] for key in keys}) == 1 for keys in groups)
-    orders = [[index for keys in groups for e, _, _, index in keys if e == epoch] for epoch in range(5)]
+    assert [group[0][:3] for group in groups] == [(n // 12, n // 3, n % 3) for n in range(60)]
+    assert all(len(group) == 4 and len({address[:3] for address in group}) == 1 for group in groups)
+    orders = [[index for group in groups for e, _, _, index in group if e == epoch] for epoch in range(5)]
     assert all(len(seen) == len(set(seen)) == 48 and set(seen) <= set(range(53)) for seen in orders)
     assert len({tuple(order) for order in orders}) == 5 and orders[0] != sorted(orders[0])
     assert set().union(*orders) == set(range(53))                       # every epoch drops others
@@ -397,3 +457,9 @@ def test_batches_resume_at_any_step_and_split_among_ranks(ranks, start):
     together = [part[step * share:(step + 1) * share] for step in range(9 - start) for part in parts]
     assert sum(together, []) == list(batches(26, 8, 2, 3))[start * 4:]
     assert all(len(part) == (9 - start) * share for part in parts)
+
+
+@pytest.mark.parametrize("n_images, batch_size, group_size", [(7, 8, 4), (20, 10, 4)])
+def test_batches_that_would_leave_out_images_are_refused(n_images, batch_size, group_size):
+    with pytest.raises(ValueError, match=f"{n_images} images"):
+        next(batches(n_images, batch_size, group_size, 1))

@@ -1,6 +1,7 @@
 """Section 5 of insloc.py, encoders, against a slow RoIAlign, torchvision's ResNet and detectron2's parts."""
 import copy
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import paper_boxes, seeded
 from torch import nn
 
 from insloc import C4Encoder, FPNEncoder, make_resnet, roi_pool
+from weights import to_detectron2
 
 both_encoders = pytest.mark.parametrize("kind", [C4Encoder, FPNEncoder])
 both_modes = pytest.mark.parametrize("training", [False, True])
@@ -62,6 +64,34 @@ def test_narrow18_is_resnet18_with_layers_of_a_quarter_of_the_width():
     added = {name for name in narrow.state_dict() if name not in wide.state_dict()}
     assert {name.split("downsample")[0] for name in added} == {"layer1.0."}
     assert set(wide.state_dict()) <= set(narrow.state_dict())
+
+
+def test_narrow50_is_detectron2s_resnet50_of_a_quarter_of_the_width():
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    torch.manual_seed(0)
+    net = make_resnet("narrow50").eval()
+    config = get_cfg()
+    config.merge_from_list([
+        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 16,
+        "MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.RESNETS.NORM", "BN",
+        "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]])
+    theirs = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
+    renamed = to_detectron2(types.SimpleNamespace(backbone=net.state_dict(), extras={}), "fpn")
+    loaded = theirs.load_state_dict({name.removeprefix("backbone.bottom_up."): x for name, x in renamed.items()})
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    maps = trunk_maps(net, pictures(2, 96))
+    for name, x in theirs(pictures(2, 96)).items():
+        torch.testing.assert_close(maps[name.replace("res", "c")], x, rtol=0, atol=1e-5)
+    assert net.inplanes == maps["c5"].shape[1] == 512
+
+
+@both_encoders
+def test_a_narrow50_encoder_runs(kind):
+    net = encoder(kind, "narrow50")
+    assert net(pictures(2, 64), paper_boxes(2, 31, 64, 32)).shape == (2, len(net.levels), 128)
 
 
 def test_initial_weights_follow_torchvision_and_detectron2():
@@ -119,6 +149,12 @@ def test_roi_pool_equals_a_slow_loop_image_by_image(size, scale):
     torch.testing.assert_close(roi_pool(features, boxes, size, scale), expected, rtol=0, atol=1e-12)
     one_each = roi_pool(features.float(), boxes[:, 1].float(), size, scale)
     torch.testing.assert_close(one_each, expected[1::4].float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_roi_pool_refuses_boxes_of_another_number_of_images(count):
+    with pytest.raises(ValueError, match=f"boxes of {count} images"):
+        roi_pool(torch.ones(2, 3, 8, 8), torch.ones(count, 4), 7, 1 / 16)
 
 
 @both_memories
@@ -261,6 +297,8 @@ def test_fpn_takes_boxes_level_by_level():
     for level in range(4):
         assert torch.allclose(mixed[:, level], net(images, boxes[level])[:, level], atol=1e-5)
         assert not torch.allclose(mixed[:, level], net(images, boxes[level - 1])[:, level], atol=1e-3)
+    with pytest.raises(ValueError, match="shorter"):
+        net(images, boxes[:3])
 
 
 def test_box_head_computes_in_the_memory_format_of_the_network():

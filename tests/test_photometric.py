@@ -120,15 +120,16 @@ def test_affine_maps_are_torchvisions_operations_in_every_order(order):
     images = hard_images(6, 9, 8, seed=11)
     for i in range(6):
         mine = theirs = images[i]
-        for turn, operation in enumerate([*order, "gray"]):
+        for turn, operation in enumerate(order):
             offset = mean_matrices[i, turn] @ mine.mean(dim=(1, 2))
             mine = (torch.einsum("ij,jyx->iyx", matrices[i, turn], mine) + offset[:, None, None]).clamp(0, 1)
-            if operation == "gray":
-                theirs = V.rgb_to_grayscale(theirs, num_output_channels=3) if params["gray"][i] else theirs
-            elif operation != 3 and params["colour"][i]:                # 3 is hue, no affine map
+            if operation != 3 and params["colour"][i]:                  # 3 is hue, no affine map
                 function, name = OPERATIONS[operation]
                 theirs = function(theirs, params[name][i].item())
             assert close(mine, theirs, 1e-12), (i, turn)
+        mine = torch.einsum("ij,jyx->iyx", matrices[i, 4], mine)
+        theirs = V.rgb_to_grayscale(theirs, num_output_channels=3) if params["gray"][i] else theirs
+        assert close(mine, theirs, 1e-12), i
 
 
 @pytest.mark.parametrize("dtype, hue, tolerance", [
@@ -160,6 +161,38 @@ def test_images_without_any_operation_are_unchanged_to_the_bit():
     images = images.float()
     result, _ = photometric(images, dict(nothing(48), colour=torch.arange(48) % 2 == 0), boxes)
     assert torch.equal(result[1::2], images[1::2]) and not torch.equal(result[::2], images[::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n, width, box", [
+    (2050, 3, [1, 0, 3, 1]),                    # more images than float16 can number, or bfloat16
+    (8, 300, [257, 0, 299, 1])])                # a corner that bfloat16 does not have
+def test_half_precision_is_that_of_float32_rounded(dtype, n, width, box):
+    images = torch.rand(n, 3, 2, width, generator=seeded(18)).to(dtype)
+    boxes = torch.tensor(box).float().expand(n, 4)
+    assert torch.equal(photometric(images, nothing(n), boxes)[0], images)
+    params = photometric_params(n, seeded(19))
+    result, _ = photometric(images, params, boxes)
+    assert result.dtype == dtype
+    assert torch.equal(result, photometric(images.float(), params, boxes)[0].to(dtype))
+    outside = ~inside_mask(boxes, 2, width).expand_as(images)
+    assert torch.equal(result[outside], images[outside])
+
+
+@pytest.mark.parametrize("boxes", [None, torch.zeros(0, 4)])
+def test_no_image_is_no_image(boxes):
+    result, _ = photometric(torch.zeros(0, 3, 8, 9), photometric_params(0, seeded()), boxes)
+    assert result.shape == (0, 3, 8, 9)
+
+
+def test_integers_and_boxes_that_leave_the_image_are_refused():
+    images, params = torch.rand(2, 3, 8, 9, generator=seeded()), photometric_params(2, seeded())
+    photometric(images, params, torch.tensor([[0.0, 0, 9, 8], [3, 3, 4, 4]]))
+    for box in ([-1.0, 0, 4, 4], [0, -1, 4, 4], [0, 0, 10, 4], [0, 0, 4, 9]):
+        with pytest.raises(ValueError, match="no box may leave"):
+            photometric(images, params, torch.tensor([[0.0, 0, 4, 4], box]))
+    with pytest.raises(ValueError, match="must be float"):
+        photometric((images * 255).byte(), params)
 
 
 def test_memory_order_does_not_matter():
