@@ -217,16 +217,18 @@ def random_groups(settings):
         return torch.from_numpy(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).permute(2, 0, 1)
 
     def sample(i):
-        query, key = (image(*rng.integers(low, high + 1, 2)) for _ in range(2))
+        query = image(*rng.integers(low, high + 1, 2))
+        key = image(*rng.integers(low, high + 1, 2))
         return {"query": query, "key": key, "backgrounds": [image(canvas, canvas)], "source": i,
                 "seeds": (0, 0)}
 
-    groups = [make_group([sample(i) for i in range(settings.bn_group)])
-              for _ in range(settings.batch_size // settings.bn_group)]
+    groups = []
+    for _ in range(settings.batch_size // settings.bn_group):
+        groups.append(make_group([sample(i) for i in range(settings.bn_group)]))
     return torch.utils.data._utils.pin_memory.pin_memory(groups) if CUDA else groups
 
 
-def run_steps(settings, count, at_step, *patches):
+def run_steps(settings, count, at_step):
     """pretrain.main alone, on data in memory; at_step() is called where each step begins."""
     groups = random_groups(settings)
 
@@ -237,9 +239,10 @@ def run_steps(settings, count, at_step, *patches):
     settings.epochs = count                                             # an epoch is a step
     settings.log_every = settings.save_steps = count + 1
     paths = np.array([b"%d" % i for i in range(settings.batch_size)])
-    patches = [(torch.utils.data, "DataLoader", lambda *_, **__: itertools.cycle(groups)),
-               (pretrain, "momentum_update", momentum_update), (pretrain, "save_composites", lambda *_: None),
-               (pretrain, "save", lambda *_: ""), *patches]
+    patches = [(pretrain.stage, "load", lambda *_: itertools.cycle(groups)),
+               (pretrain.stage, "collect_signals", list), (pretrain, "momentum_update", momentum_update),
+               (pretrain, "save_composites", lambda *_: None), (pretrain, "save", lambda *_: None),
+               (pretrain, "save_curves", lambda *_: None)]
     with tempfile.TemporaryDirectory() as settings.out, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for place, name, value in patches:
