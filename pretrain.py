@@ -39,8 +39,8 @@ RUN_FILES = ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth")
 # These may differ between a run and its continuation, since they change nothing of what is computed.
 FREE = stage.LOCAL | {"world", "log_every", "save_steps", "preview", "compile"}
 # What to do about settings that differ.
-HINTS = {"epochs": "each step's rate depends on --epochs: to train longer, start another --out with --init and "
-                   "this run directory"}
+HINTS = {"epochs": "each step's rate depends on --epochs: to train longer, start another --out from these "
+                   "weights by --init"}
 WORLD = (Unreadable, TooFewImages)                              # here the data is at fault, not the program
 SPLITS = re.compile(r"(train|val|valid|validation|test|testing|dev|eval|extra|unlabell?ed)([\W\d_]|$)", re.I)
 PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")            # a shell's names for what it pipes in

@@ -105,7 +105,7 @@ def read_boxes(json_path, folder):
                 boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from None
+        raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
     if len(boxes) < 20:
         raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 20 are needed, some hundreds wanted")
     return boxes
@@ -381,10 +381,10 @@ def main(rank, device, args, images, real, data_digest):
 
     def load(dataset, items):
         """Batches of some items of a data set: items (n,), pictures (n, 3, S, S), boxes (n, M, 4)."""
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_size=64, sampler=items.tolist(), num_workers=args.workers,
-            pin_memory=args.device == "cuda", multiprocessing_context="fork" if args.workers else None)
-        for batch, (pictures, boxes) in zip(items.split(64), loader):
+        batches = items.split(64)
+        addresses = [batch.tolist() for batch in batches]
+        loaded = stage.load(dataset, addresses, args.workers, pin_memory=args.device == "cuda")
+        for batch, (pictures, boxes) in zip(batches, loaded):
             yield batch, pictures.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
 
     def own_part(dataset):

@@ -57,7 +57,7 @@ def find_data(args):
         try:
             images = Images(os.path.join(args.data, split), args.image_size, args.seed)
         except OSError as error:                                    # torchvision's: no folder, an empty class
-            raise stage.Refusal(stage.last_line(error)) from None
+            raise stage.Refusal(stage.last_line(error)) from error
         splits.append(images)
         names += [path.removeprefix(images.root) for path, _ in images.samples]
     train, val = splits
@@ -122,10 +122,8 @@ def main(rank, device, args, train, val, data_digest):
         batches = order.split(args.batch_size)
         parts = [batch.tensor_split(args.world)[rank].tolist() for batch in batches]
         addresses = [[(epoch, index) for index in part or [0]] for part in parts]
-        loader = torch.utils.data.DataLoader(
-            images, batch_sampler=addresses, num_workers=args.workers, pin_memory=args.device == "cuda",
-            multiprocessing_context="fork" if args.workers else None)
-        for batch, part, x in zip(batches, parts, loader):
+        loaded = stage.load(images, addresses, args.workers, pin_memory=args.device == "cuda")
+        for batch, part, x in zip(batches, parts, loaded):
             x = x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 features = net.features(net.pixels(x))[:, 0].float().cpu()

@@ -72,9 +72,6 @@ class ProtocolImages(torch.utils.data.Dataset):
     def __init__(self, paths, protocol, size, grid):
         self.paths, self.protocol, self.size, self.grid = paths, protocol, size, grid
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, index):
         image = centre_view(read_photo(self.paths[index]), self.size)
         boxes = grid_boxes(self.size, self.grid)
@@ -134,12 +131,11 @@ def main(rank, device, args, train, val, data_digest):
         """RoI features (N, M, D) of the M cells of N images, on every rank; each encodes a part of them."""
         pad_by(net, "reflect" if protocol == "reflect" else "zeros")
         own = torch.arange(len(paths)).tensor_split(args.world)[rank]
-        loader = torch.utils.data.DataLoader(
-            ProtocolImages(paths, protocol, args.image_size, args.grid), batch_size=32, sampler=own.tolist(),
-            num_workers=args.workers, pin_memory=args.device == "cuda",
-            multiprocessing_context="fork" if args.workers else None)
+        batches = [batch.tolist() for batch in own.split(32)]
+        dataset = ProtocolImages(paths, protocol, args.image_size, args.grid)
+        loaded = stage.load(dataset, batches, args.workers, pin_memory=args.device == "cuda")
         parts = []
-        for images, boxes in loader:                                    # (n, P, 3, h, w), (n, P, M / P, 4)
+        for images, boxes in loaded:                                    # (n, P, 3, h, w), (n, P, M / P, 4)
             x = images.flatten(0, 1).to(device, non_blocking=True)
             x = net.pixels(x).contiguous(memory_format=torch.channels_last)
             boxes = boxes.flatten(0, 1).to(device, non_blocking=True)

@@ -11,8 +11,8 @@ which nobody catches: it keeps its traceback, and a debugger stops at its line.
 import argparse
 import collections
 import contextlib
-import datetime
 import ctypes
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -39,6 +39,7 @@ ENDINGS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".t
 LOCK = "insloc.lock"                        # a folder that holds this file is a run directory
 LOCAL = {"data", "out", "resume", "device", "nprocs", "workers"}    # these may differ between machines
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # each is a request to stop
+LAUNCH = "start by torchrun, or unset RANK"
 PR_SET_PDEATHSIG = 1                        # Linux's prctl: "send me this signal when my parent ends"
 
 
@@ -73,6 +74,7 @@ def end(refusal):
     line = f"{os.path.basename(sys.argv[0])}: error: {refusal}"
     if dist.is_initialized():               # at once: else the others miss it, and are heard of first
         print(line, file=sys.stderr, flush=True)
+        end_workers()
         os._exit(1)
     sys.exit(line)
 
@@ -128,12 +130,12 @@ def launcher_variables():
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             text = os.environ.get(name, defaults.get(name, ""))
             if not text.isdecimal():
-                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset RANK")
+                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: {LAUNCH}")
             found[name] = int(text)
         if not os.environ.get("MASTER_ADDR"):
-            raise Refusal("RANK is set, but not MASTER_ADDR: start by torchrun, or unset RANK")
+            raise Refusal(f"RANK is set, but not MASTER_ADDR: {LAUNCH}")
         if found["RANK"] >= found["WORLD_SIZE"]:
-            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: start by torchrun")
+            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: {LAUNCH}")
     return found
 
 
@@ -154,7 +156,7 @@ def check_machine_arguments(parser, args):
     try:
         variables = launcher_variables()
         if args.device == "cuda":
-            using_gpu(torch.cuda.init)
+            check_gpu()
     except Refusal as refusal:
         parser.error(refusal)
     if args.nprocs is None:
@@ -172,13 +174,16 @@ def check_machine_arguments(parser, args):
         parser.error("--workers and --seed must be from 0 on, --seed below 2**63")
 
 
-def using_gpu(function, *given):
-    """function(*given), the first use of a GPU: one that is listed may not work (driver, busy, no kernels)."""
+def check_gpu(device=None):
+    """Refuses a GPU that is listed but does not work. Without a device, CUDA's start alone is tried."""
     try:
-        return function(*given)
+        torch.cuda.init()
+        if device:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device).add(1).item()             # a kernel, and its answer
     except RuntimeError as error:                                   # torch has no class of its own for it
         reason = str(error).strip().splitlines()[0][:200]
-        raise Refusal(f"the GPU does not work: {reason}; take --device cpu, or mend it") from error
+        raise Refusal(f"the GPU does not work: {reason}; --device cpu does without") from error
 
 
 # ---- Processes -------------------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ def prepare_process():
         with tempfile.TemporaryFile():
             pass
     except OSError as error:
-        raise Refusal(f"TMPDIR: {error}; name a folder that can be written to, by less than 70 bytes") from error
+        raise Refusal(f"TMPDIR: {error}; give a folder that can be written to, of a short name") from error
 
 
 def start_processes(count, main, args, prepared):
@@ -245,7 +250,7 @@ def start_processes(count, main, args, prepared):
 
 
 def explain(context, out):
-    """Ends as the process that failed first did. The others fail for want of it, and may be noticed before."""
+    """Ends as the process that failed first did. The others failed for want of it."""
     codes = [process.exitcode for process in context.processes]
     killed = [-code for code in codes if code < 0 and code != -signal.SIGTERM]
     if killed:
@@ -266,8 +271,10 @@ def run(rank, rendezvous, main, args, prepared):
     def stop(number, frame):                # until a stage takes the signals itself, to save first
         if not stopping.acquire(blocking=False):                    # Ctrl-C reaches all, and is handed on
             return
-        if rank == 0 and os.getpid() == process:                    # a loader worker inherits this
-            print(f"stopped by {signal.Signals(number).name}{go_on(args.out)}", file=sys.stderr, flush=True)
+        if os.getpid() == process:                                  # a loader worker inherits this
+            if rank == 0:
+                print(f"stopped by {signal.Signals(number).name}{go_on(args.out)}", file=sys.stderr, flush=True)
+            end_workers()
         os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in answered()}
@@ -277,8 +284,7 @@ def run(rank, rendezvous, main, args, prepared):
         device = torch.device("cpu")
         if args.device == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-            torch.cuda.set_device(device)
-            using_gpu(lambda: torch.zeros(1, device=device).add(1).item())      # a kernel, and its answer
+            check_gpu(device)
         elif args.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // args.nprocs))
         lock = take_lock(args.out) if rank == 0 else None           # noqa: F841  held while the name lives
@@ -297,8 +303,14 @@ def run(rank, rendezvous, main, args, prepared):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for worker in mp.active_children():                         # else one that hangs is waited for
-            worker.kill()
+        end_workers()
+
+
+def end_workers():
+    """Ends loader workers at once; Python would wait for one that hangs. One just forked ends by itself."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # else torch reports them as failed
+    for worker in mp.active_children():
+        worker.kill()
 
 
 def meet(rank, rendezvous, world, device):
@@ -308,8 +320,8 @@ def meet(rank, rendezvous, world, device):
         dist.init_process_group(backend, rendezvous, rank=rank, world_size=world,
                                 timeout=datetime.timedelta(minutes=30))         # [detectron2]
     except (RuntimeError, ValueError) as error:
-        raise Refusal(f"process {rank} does not meet the others: {last_line(error)[:150]}; check MASTER_ADDR, "
-                      "MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
+        raise Refusal(f"process {rank} does not meet the others: {last_line(error)[:150]}; check "
+                      "MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
 
 
 def gather_objects(value):
@@ -360,9 +372,9 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=
         except (OSError, EOFError, RuntimeError) as error:
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
-            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or /dev/shm "
-                          "is short, take fewer --workers or 0, or docker's --shm-size; the folder TMPDIR "
-                          "must last as long as the run") from error
+            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
+                          "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
+                          "TMPDIR must last as long as the run") from error
         yield batch
 
 
@@ -378,7 +390,7 @@ def start_worker(parent, _):
 
 
 def end_worker(error, _):
-    """A batch that a worker cannot hand over ends the worker: else its parent waits for the batch for ever."""
+    """Ends a worker that cannot hand over a batch: its parent would wait for the batch for ever."""
     if not isinstance(error, (OSError, RuntimeError)):              # those are the machine's, others are bugs
         traceback.print_exception(error)
     os._exit(1)
@@ -556,7 +568,7 @@ def find_images(folder):
                 others[os.fsdecode(ending)] += 1
     if others:
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
-        say(f"{folder}: {others.total()} files left out, which have no ending of an image that is read: {kinds}")
+        say(f"{folder}: {others.total()} files left out, whose endings are not read: {kinds}")
     return sorted(found)
 
 
@@ -570,7 +582,7 @@ def start_probe(args, nets, images, progress=None):
     """
     settings = {**vars(args), "images": images, "nets": digest_of(nets)}
     free = LOCAL | {"world", "weights", "trust", "boxes"}           # the digests stand for these
-    state = resume(args, settings, free, say) if progress else None
+    state = resume(args, settings, free) if progress else None
     check_ranks({**settings, "done": len(state[progress]) if state else 0})
     return settings, state
 

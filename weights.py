@@ -413,7 +413,7 @@ def frozen_nets(args, arch, device):
         try:
             given = read_weights(args.weights, args.trust, args.prefix, args.input)
         except (OSError, ValueError) as error:
-            raise stage.Refusal(f"{args.weights}: {error}") from None
+            raise stage.Refusal(f"{args.weights}: {error}") from error
         found = {"random": random_weights(given.resnet), "given": given}
     nets, sources = torch.nn.ModuleDict(), {}
     for name, weights in found.items():
@@ -436,8 +436,8 @@ def read_photo(path):
     """An image file as uint8 (3, H, W). Refusal if it cannot be read: a score of the others would mislead."""
     try:
         return read_image(path)
-    except Exception as error:                                          # decoders fail in many ways
-        raise stage.Refusal(f"{path} cannot be read: {stage.last_line(error)}") from None
+    except OSError as error:
+        raise stage.Refusal(f"{path} cannot be read: {stage.last_line(error)}") from error
 
 
 def centre_view(image, size):

@@ -14,6 +14,12 @@ import torch
 from PIL import Image
 
 import pretrain
+from stage import SIGNALS
+
+# A shell that starts pytest in the background has SIGINT ignored, which the processes below would inherit.
+for number in SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 SMALL = ("--arch c4 --resnet narrow18 --image-size 64 --batch-size 12 --bn-group 3 --lr 0.02 --queue-size 20 "
          "--ema 0.9 --device cpu --log-every 1 --workers 0").split()
@@ -41,7 +47,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch, capsys):
     """here(*arguments) runs pretrain.py in this process: exit status, standard output, standard error."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])

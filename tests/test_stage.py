@@ -1,14 +1,19 @@
 """stage.py, by runs of pretrain.py: launchers, signals, full disks, damaged files. What was interrupted and
 resumed must be, bit for bit, the run that was not."""
 import contextlib
+import errno
+import fcntl
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
 
 import numpy as np
 import pytest
@@ -64,6 +69,212 @@ def one_line(err):
     return err
 
 
+# ---- Three kinds of errors -------------------------------------------------------------------------------
+
+PLANTED = """
+import os, sys
+import torch, insloc, pretrain, stage
+
+def wrong_unpacking(self, samples):
+    if torch.utils.data.get_worker_info() or "0" in sys.argv:
+        query, key, box = samples[0]["query"], samples[0]["key"]        # planted
+    return make_group(self, samples)
+
+def unknown_name(path):
+    return read_immage(path)                                            # planted
+
+def other_path(encoder_k, encoder_q, momentum):
+    open("/nowhere/else")                                               # planted
+
+make_group = insloc.MakeGroup.__call__
+target, name, fault = {
+    "unpack": (insloc.MakeGroup, "__call__", wrong_unpacking),
+    "name": (insloc, "read_image", unknown_name),
+    "path": (pretrain, "momentum_update", other_path)}[os.environ["PLANT"]]
+setattr(target, name, fault)
+
+if __name__ == "__main__":
+    sys.argv[0] = "pretrain.py"
+    stage.launch(pretrain.main, pretrain.get_args(), pretrain.find_data)
+"""
+
+
+def plant(tmp_path, which):
+    """A program that is pretrain.py with a bug, its environment, the line of the bug as tracebacks show it."""
+    program = tmp_path / "planted.py"
+    program.write_text(PLANTED)
+    function = {"unpack": "wrong_unpacking", "name": "unknown_name", "path": "other_path"}[which]
+    rows = PLANTED.splitlines()
+    row = next(i for i, text in enumerate(rows) if f"def {function}" in text)
+    number = next(i for i in range(row, len(rows)) if "# planted" in rows[i]) + 1
+    path = os.pathsep.join([os.path.dirname(stage.__file__), *sys.path])
+    return program, {**ENV, "PLANT": which, "PYTHONPATH": path}, f'planted.py", line {number}, in {function}'
+
+
+@pytest.mark.parametrize("which, error, more", [
+    ("unpack", "ValueError: not enough values to unpack", ["--workers", 0]),
+    ("unpack", "ValueError: not enough values to unpack", ["--workers", 1]),
+    ("name", "NameError: name 'read_immage' is not defined", ["--workers", 1]),
+    ("path", "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/else'", []),
+    pytest.param("path", "/nowhere/else", ["--nprocs", 2], marks=pytest.mark.slow),
+    pytest.param("unpack", "not enough values", ["--nprocs", 2, "--workers", 1], marks=pytest.mark.slow)])
+def test_a_bug_keeps_its_traceback(photos, tmp_path, which, error, more):
+    program, env, line = plant(tmp_path, which)
+    process = start(*RUN, "--method", "moco", *more, "--out", tmp_path / "out", photos, env=env,
+                    launcher=(sys.executable, program))
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1 and line in err and error in err
+    assert "error: " not in err.splitlines()[-1].split(":")[0]          # no refusal behind it
+
+
+def test_a_debugger_stops_at_a_bug(photos, tmp_path):
+    program, env, line = plant(tmp_path, "unpack")
+    process = start(*RUN, "--out", tmp_path / "out", photos, env=env, stdin=subprocess.PIPE,
+                    launcher=(sys.executable, "-m", "pdb", "-c", "continue", program))
+    out, _ = process.communicate("p 'keys', sorted(samples[0])\nq\n", timeout=240)
+    assert "Running 'cont' or 'step' will restart the program" in out
+    assert 'query, key, box = samples[0]["query"]' in out               # where it stands
+    assert "('keys', ['backgrounds', 'key', 'query', " in out           # a local variable there
+
+
+def test_the_world_outside_is_a_refusal_that_names_the_place():
+    with pytest.raises(stage.Refusal, match="^the list: No such file or directory$"):
+        with stage.touching("the list"):
+            open("/nowhere")
+    with pytest.raises(ZeroDivisionError), stage.touching("the list"):
+        1 / 0
+
+
+def test_a_side_product_that_fails_is_one_line(capsys):
+    assert stage.attempt("pie", lambda a, b: a + b, 1, 2) == 3
+    assert stage.attempt("pie", lambda: [][1]) is None
+    assert capsys.readouterr().out == "no pie: IndexError: list index out of range; the run goes on\n"
+
+
+class Broken(torch.utils.data.Dataset):
+    """Item 0 is data, item 1 refuses, item 2 is the world's fault, item 3 a bug, item 4 cannot be sent."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise stage.Refusal("give another")
+        if index == 2:
+            raise EOFError("two\nlines")
+        if index == 3:
+            raise OSError("a bug")
+        return (lambda: 0) if index == 4 else index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_tells_three_kinds_of_errors(workers):
+    def first(index):
+        return next(stage.load(Broken(), [[index]], workers, list, world=(EOFError,)))
+
+    assert first(0) == [0]
+    with pytest.raises(stage.Refusal, match="^give another$"):
+        first(1)
+    with pytest.raises(stage.Refusal, match="^lines$"):
+        first(2)
+    with pytest.raises(OSError, match="a bug") as bug:
+        first(3)
+    assert not isinstance(bug.value, stage.Refusal) and ("Traceback" in str(bug.value)) == bool(workers)
+
+
+def test_a_batch_that_cannot_be_sent_does_not_hang(capfd):
+    with pytest.raises(stage.Refusal, match="cannot hand over its data"):
+        next(stage.load(Broken(), [[4]], 1, list))
+    assert "pickle" in capfd.readouterr().err                           # it is a bug: its traceback is there
+
+
+# ---- The machine -----------------------------------------------------------------------------------------
+
+def test_a_gpu_that_does_not_work_is_one_line(monkeypatch, capsys):
+    def old_driver():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    def no_kernels(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nFor debugging")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    for device in ("auto", "cuda"):
+        with pytest.raises(SystemExit):
+            pretrain.get_args([*RUN, "--device", device, "x"])
+        err = capsys.readouterr().err
+        assert "the GPU does not work: The NVIDIA driver on your system is too old" in err
+        assert "--device cpu" in err and err.count("\n") == 1
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", no_kernels)
+    with pytest.raises(stage.Refusal, match="no kernel image is available for execution on the device; --dev"):
+        stage.check_gpu("cuda:0")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said(monkeypatch, tmp_path, capsys, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    stage.take_lock(str(tmp_path))
+    assert f"no locks in {tmp_path} ({os.strerror(number)})" in capsys.readouterr().out
+
+
+def test_a_long_tmpdir_is_not_used_for_sockets(monkeypatch, tmp_path):
+    long = tmp_path / "slurm_job_tmp" / ("x" * 100)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(long))
+    os.makedirs(long)
+    stage.prepare_process()
+    assert tempfile.gettempdir() == "/tmp"
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(stage.Refusal, match="^TMPDIR: .*No such file"):
+        stage.prepare_process()
+
+
+def test_workers_run_where_tmpdir_is_long(photos, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    finish(start(*RUN, "--epochs", 1, "--workers", 1, "--out", tmp_path / "out", photos,
+                 env={**ENV, "TMPDIR": str(long)}))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A system without what Linux alone has."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(stage.ctypes, "CDLL", lambda _: types.SimpleNamespace())
+    monkeypatch.setattr(stage.sys, "platform", "darwin")
+    real = open
+
+    def no_proc(path, *more, **named):
+        assert not str(path).startswith("/proc"), path
+        return real(path, *more, **named)
+
+    monkeypatch.setattr("builtins.open", no_proc)
+
+
+def test_a_run_needs_nothing_that_linux_alone_has(here, elsewhere, photos, tmp_path):
+    status, _, err = here(*RUN, "--epochs", 1, "--out", tmp_path / "out", photos)
+    assert status == 0, err
+    memory = [line["memory_gb"] for line in lines(tmp_path / "out")]
+    assert max(memory) < 0.1                            # as if Linux's kilobytes were a Mac's bytes
+    assert stage.cores() == os.cpu_count()
+
+
+@pytest.mark.slow
+def test_workers_need_nothing_that_linux_alone_has(elsewhere):
+    assert next(stage.load(Broken(), [[0]], 1, list)) == [0]
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made(here, photos, tmp_path):
+    for more, left in ((["--init", "nothing.pth"], "none"), ([], "kept")):
+        if not more:
+            (tmp_path / "kept").mkdir()
+        status, _, err = here(*RUN, "--init", "nothing.pth", "--out", tmp_path / left, photos)
+        assert status == 1 and "--init nothing.pth" in one_line(err)
+        assert os.path.exists(tmp_path / left) == (left == "kept")
+
+
 # ---- Launchers -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variables, said", [
@@ -77,7 +288,7 @@ def test_half_of_torchruns_variables_are_refused(here, monkeypatch, photos, tmp_
     for name, value in {"RANK": "0", **variables}.items():
         monkeypatch.setenv(name, value)
     status, _, err = here(*RUN, "--out", tmp_path, photos)
-    assert status == 1 and said in one_line(err) and "start by torchrun" in err
+    assert status == 2 and said in one_line(err) and "start by torchrun" in err
 
 
 def test_without_local_variables_there_is_one_process_a_machine(monkeypatch):
@@ -176,8 +387,8 @@ def test_a_signal_to_the_parent_stops_all_ranks_with_one_line(base, photos, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("number", stage.SIGNALS)
+@pytest.mark.parametrize("number, count", [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1),
+                                           (signal.SIGUSR1, 2)])
 def test_a_stage_that_saves_by_itself_is_stopped_with_one_line(photos, tmp_path, count, number):
     """The probes; the signal goes to the whole process group, as a terminal's does."""
     for split in ("train", "val"):
@@ -225,15 +436,87 @@ def test_a_rank_killed_while_it_saves_ends_in_one_line_and_loses_nothing(base, p
     assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in lines(base(2))]
 
 
+KILLS = int(os.environ.get("KILLS", 3))                     # KILLS=20 for an evening
+
+
 @pytest.mark.slow
-def test_a_dead_loader_worker_ends_the_run_at_once(photos, tmp_path):
-    process = start(*RUN, "--workers", 1, "--out", tmp_path, "--epochs", 1000, photos, env=ENV)
+def test_a_dead_loader_worker_ends_the_run_with_the_same_line_and_what_is_trained_is_saved(photos, tmp_path):
+    said = set()
+    for i in range(KILLS):
+        out = tmp_path / str(i)
+        process = start(*RUN, "--workers", 2, "--out", out, "--epochs", 1000, photos, env=ENV)
+        wait_for_step(process, out, 2)
+        time.sleep(0.02 * i)                                # anywhere in a step
+        os.kill(children(process.pid)[i % 2], signal.SIGKILL)
+        _, err = finish(process, status=1)
+        step = int(re.search(r"loading step (\d+): ", one_line(err))[1])
+        assert state_of(out)["step"] == step - 1
+        said.add(err.replace(f"step {step}", "step N"))
+    line, = said
+    assert "DataLoader worker" in line and "--shm-size" in line and "--resume goes on" in line
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(photos, tmp_path):
+    process = start(*RUN, "--workers", 2, "--out", tmp_path, "--epochs", 1000, photos, env=ENV)
     wait_for_step(process, tmp_path, 2)
-    worker, began = children(process.pid)[-1], time.time()
-    os.kill(worker, signal.SIGKILL)
-    _, err = finish(process, status=1)
-    assert time.time() - began < 30                         # ten minutes, it was
-    assert "DataLoader worker" in one_line(err) and "--shm-size" in err and "--resume" in err
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    end = time.time() + 30
+    while time.time() < end and any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_hangup_and_slurms_warning_save_but_not_where_they_are_ignored(here, monkeypatch, photos, tmp_path,
+                                                                        number):
+    def enqueue(self, keys):
+        original(self, keys)
+        os.kill(os.getpid(), number)
+
+    original = KeyQueue.enqueue
+    monkeypatch.setattr(KeyQueue, "enqueue", enqueue)
+    options = [*RUN, "--epochs", 1, "--out", tmp_path, "--resume", photos]
+    status, _, err = here(*options)
+    assert status == 128 + number and f"stopped by {number.name} after step 1;" in err
+    assert state_of(tmp_path)["step"] == 1
+    signal.signal(number, signal.SIG_IGN)                   # as nohup does
+    assert here(*options)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_hangup_is_ignored_under_nohup(photos, tmp_path):
+    process = start(*RUN, "--nprocs", 2, "--out", tmp_path, photos, env=ENV,
+                    launcher=("nohup", sys.executable, pretrain.__file__))
+    wait_for_step(process, tmp_path, 2)
+    os.killpg(process.pid, signal.SIGHUP)
+    finish(process)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_goes_away_costs_no_step(here, base, monkeypatch, photos, tmp_path, workers):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+
+    def enqueue(self, keys):
+        original(self, keys)
+        if self.ptr == 6 * 4 % 20 and os.path.exists(folder):
+            os.rename(folder, tmp_path / "gone")
+
+    original = KeyQueue.enqueue
+    options = [*RUN, "--save-steps", 100, "--out", tmp_path / "out", "--resume", "--workers", workers, folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyQueue, "enqueue", enqueue)
+        status, _, err = here(*options)
+    step = int(re.search(r"loading step (\d+): ten files in a row cannot be read", one_line(err))[1])
+    assert status == 1 and "; --resume goes on from the last checkpoint" in err
+    assert state_of(tmp_path / "out")["step"] == step - 1 >= 4
+    os.rename(tmp_path / "gone", folder)
+    assert here(*options)[0] == 0
+    for name in ("encoder_q", "encoder_k", "queue"):
+        torch.testing.assert_close(state_of(tmp_path / "out")[name], state_of(base(1))[name], rtol=0, atol=0)
 
 
 def test_a_request_to_stop_in_mid_save_waits_for_the_next_step(here, base, monkeypatch, photos, tmp_path):
@@ -271,7 +554,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(here, base, photos, small_disk):
     options = [*RUN, "--out", small_disk / "run", "--resume", photos]
     status, _, err = here(*options)
-    assert status == 1 and "step 6 is not saved" in one_line(err) and "keeps its last checkpoint" in err
+    assert status == 1 and "step 6 is not saved" in one_line(err) and "--resume goes on from the last" in err
     assert state_of(small_disk / "run")["step"] == 3
     assert not [name for name in os.listdir(small_disk / "run") if name.endswith(".tmp")]
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
@@ -370,6 +653,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage.write_atomically(path, fail)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+    with pytest.raises(stage.Refusal, match="/nowhere/file cannot be written: .*No such file"):
+        stage.write_atomically("/nowhere/file", fail)
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------
@@ -412,7 +697,7 @@ def test_what_is_not_finite_ends_the_run_and_spoils_no_checkpoint(here, monkeypa
     poison(monkeypatch, 4)
     status, _, err = here(*RUN, "--save-steps", 2, "--log-every", 2, "--method", "moco", "--out", tmp_path,
                           photos)
-    assert status == 1 and said in one_line(err) and "--lr" in err
+    assert status == 1 and said in one_line(err) and "--lr" in err and "--resume goes on" in err
     state = state_of(tmp_path)
     assert state["step"] == 2 and all(x.isfinite().all() for x in tensors(state).values())
 
@@ -466,6 +751,7 @@ def test_data_that_is_gone_is_one_line(here, monkeypatch, photos, tmp_path, work
     shutil.rmtree(folder)
     status, _, err = here(*RUN, "--workers", workers, "--out", tmp_path / "out", folder)
     assert status == 1 and "loading step 1: ten files in a row cannot be read, such as '/" in one_line(err)
+    assert "--resume" not in err                            # there is nothing to go on from
 
 
 # ---- The walk over a folder ------------------------------------------------------------------------------
@@ -487,7 +773,16 @@ def test_the_walk_finds_images_at_any_depth_and_each_folder_once(tree):
 def test_the_walk_says_what_it_left_out(tree, capsys):
     stage.find_images(str(tree))
     said = capsys.readouterr().out
-    assert "4 files left out, which are no images: 2 .txt" in said and "1 without ending" in said
+    assert "4 files left out, whose endings are not read: 2 .txt" in said and "1 without ending" in said
+
+
+def test_endings_of_any_bytes_can_be_said(tmp_path):
+    write_images(tmp_path, 1)
+    open(os.fsencode(tmp_path) + b"/notes.M\xe4rz", "w").close()
+    program = f"import stage; stage.prepare_process(); stage.find_images({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=os.path.dirname(stage.__file__), env={**ENV, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and "1 .m\\udce4rz" in done.stdout, done
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tree, monkeypatch):
@@ -499,7 +794,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tree, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(SystemExit, match="deep/er: Permission denied"):
+    with pytest.raises(stage.Refusal, match="deep/er: Permission denied"):
         stage.find_images(str(tree))
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map
 
+from stage import SIGNALS
+
 try:
     from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
                                                FakeTensor, FakeTensorMode)
@@ -192,7 +194,7 @@ def gpu_here(gpu, count=2):
         return data
 
     cuda = {"device_count": lambda: count, "is_available": lambda: True, "current_device": lambda: 0,
-            "set_device": lambda device: None, "max_memory_allocated": lambda *_: 0,
+            "init": lambda: None, "set_device": lambda device: None, "max_memory_allocated": lambda *_: 0,
             "is_bf16_supported": lambda *_, **__: True,
             "synchronize": lambda *_: gpu.wait("torch.cuda.synchronize")}
     patches = [
@@ -207,7 +209,7 @@ def gpu_here(gpu, count=2):
         ("torch.distributed.init_process_group", init_process_group),
         ("torch.distributed.all_gather_object", all_gather_object),
     ]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with contextlib.ExitStack() as stack:
         for name, value in patches:
             stack.enter_context(mock.patch(name, value))

@@ -2,7 +2,7 @@
 
     python docs/results/second/reestimate.py RUN PHOTOS OUT.pth                    # of a trained net
     python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED]        # of a random one, or resnet18
-    python probe_loc.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
+    python probe_box.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
 """
 import os
 import sys
@@ -10,23 +10,26 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", ".."))
-import probe_loc  # noqa: E402
-from weights import RESNETS, random_weights, read_weights  # noqa: E402
+import probe_box  # noqa: E402
+from weights import RESNETS, frozen_nets  # noqa: E402
 
 run, photos, out, *seed = sys.argv[1:]
-args = probe_loc.get_args([run, photos, "--image-size", "96", "--device", "cpu", "--nprocs", "1", "--seed",
+net_is = ["random", photos, "--resnet", run] if run in RESNETS else [run, photos]
+args = probe_box.get_args([*net_is, "--image-size", "96", "--device", "cpu", "--nprocs", "1", "--seed",
                            *(seed or ["0"]), "--out", os.devnull])
-found = random_weights(run) if run in RESNETS else read_weights(run)
-net = probe_loc.make_net(found, args).train()
-for module in net.modules():
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.reset_running_stats()
-        module.momentum = None                      # the plain average over batches
-paths, _, _ = probe_loc.find_data(args)
-order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(1))[:len(paths) // 32 * 32][:1024]
-views = probe_loc.ProtocolImages([paths[i] for i in order], "swap", args)
-with torch.no_grad():
-    for first in range(0, len(order), 32):
-        images, boxes = (torch.cat(parts) for parts in zip(*[views[i] for i in range(first, first + 32)]))
-        net.features(net.pixels(images), boxes)
+nets, _ = frozen_nets(args, "c4", "cpu")
+net = nets["random" if run in RESNETS else "given"]
+(train, _), _, _ = probe_box.find_data(args)
+order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:len(train) // 32 * 32][:1024]
+composites = probe_box.Composites([train[i] for i in order], args.image_size, args.seed)
+
+
+def batches():
+    """Thirty-two images on their two backgrounds, with the pasted boxes."""
+    for first in range(0, len(composites), 64):
+        pictures, boxes = zip(*[composites[item] for item in range(first, first + 64)])
+        yield torch.stack(pictures), torch.stack(boxes)[:, :1]
+
+
+probe_box.estimate_batchnorm(net, batches())
 torch.save(net.resnet.state_dict(), out)
