@@ -73,13 +73,14 @@ def crop_box(height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=No
 def paste(background, foreground, top, left):
     """The composition C of Eq. 3-4: background (3, S, S), foreground (3, h, w) -> new composite, box (4,).
 
-    The box is float32. The inputs stay untouched. ValueError if they differ in dtype or device, or if the
-    foreground leaves the canvas.
+    The box is float32. The inputs stay untouched. ValueError if they differ in channels, dtype or device, or
+    if the foreground leaves the canvas.
     """
-    h, w = foreground.shape[1:]
+    channels, h, w = foreground.shape
     height, width = background.shape[1:]
-    if foreground.dtype != background.dtype or foreground.device != background.device:
-        raise ValueError("foreground and background must have one dtype and lie on one device")
+    kind = (channels, foreground.dtype, foreground.device)
+    if kind != (len(background), background.dtype, background.device):
+        raise ValueError("foreground and background must agree in channels, dtype and device")
     if not (0 <= top <= height - h and 0 <= left <= width - w):
         raise ValueError(f"a {h}x{w} crop at top {top}, left {left} leaves the canvas of {height}x{width}")
     composite = background.clone()
@@ -154,8 +155,8 @@ def photometric(images, params, boxes=None):
     params: see `photometric_params`. With boxes (N, 4), rounded to whole pixels, everything happens inside
     them as if each were an image of its own, and no pixel outside changes; a flip turns the inside round and
     leaves the box where it is. With boxes=None the whole images are augmented. Parameters and boxes stay on
-    the CPU, so that no line waits for a GPU. Images keep their dtype; half precision is computed in float32
-    (not so under autocast). ValueError for images of integers, and for a box that leaves its image.
+    the CPU, so that no line waits for a GPU. Images keep their dtype; half precision is computed in float32,
+    outside of autocast. ValueError for images of integers, and for a box that leaves its image.
     DIVERGES: the release augments the composite (`--aug-on composite`); the paper says foreground.
     needs: box_masks, affine_maps, shift_hue, blur_matrix
     """
@@ -166,17 +167,17 @@ def photometric(images, params, boxes=None):
         raise ValueError("images must be float, in [0, 1], and no box may leave its image")
     dtype = torch.promote_types(images.dtype, torch.float32)
 
-    def put(x):
+    def put(x):                                         # from the CPU to where the images are
         return x.to(images.device, dtype, non_blocking=True)
 
-    def which(chosen):                                  # bool (N,) -> the indices of those, (n,)
+    def which(chosen):                                  # bool (N,) -> the indices of those n images, there
         return chosen.nonzero().squeeze(1).to(images.device, non_blocking=True)
 
     # Whole images are changed below. Means and blur see the inside alone, and the last line keeps the inside.
     inside_x, inside_y, mirrored = box_masks(put(region), height, width)
     inside = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]                           # (N, 1, H, W)
-    share = inside.flatten(1).to(dtype)
-    share = (share / share.sum(dim=1, keepdim=True))[:, :, None]            # (N, HW, 1), of the mean
+    weights = inside.flatten(1).to(dtype)                                                     # (N, HW)
+    mean_weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None]                   # (N, HW, 1)
     matrices, mean_matrices = affine_maps(params)
     matrices = put(matrices)                                                                  # (N, 5, 3, 3)
     mean_matrices = put(mean_matrices)                                                        # (N, 4, 3, 3)
@@ -184,27 +185,27 @@ def photometric(images, params, boxes=None):
     sigma = put(params["sigma"])[:, None]
 
     x = images.to(dtype).flatten(2)                                                              # (N, 3, HW)
-    for turn in range(4):                                       # colour jitter, in each image's order
-        offset = mean_matrices[:, turn] @ (x @ share)                                            # (N, 3, 1)
+    for turn in range(4):                                       # colour jitter, in each image's own order
+        offset = mean_matrices[:, turn] @ (x @ mean_weights)                                     # (N, 3, 1)
         x = torch.baddbmm(offset, matrices[:, turn], x).clamp(0, 1)
-        now = which(params["colour"] & (params["order"][:, turn] == 3))             # hue is no affine map
+        now = which(params["colour"] & (params["order"][:, turn] == 3))         # hue alone is no affine map
         x[now] = shift_hue(x[now], hue[now])
     x = matrices[:, 4] @ x                                                                       # grayscale
     x = x.unflatten(2, (height, width))                                                       # (N, 3, H, W)
 
-    now = which(params["sigma"] > 0)
+    now = which(params["sigma"] > 0)                                                             # blur
     blur_y = blur_matrix(inside_y[now], sigma[now])[:, None]                                  # (n, 1, H, H)
     blur_x = blur_matrix(inside_x[now], sigma[now])[:, None]                                  # (n, 1, W, W)
     x[now] = blur_y @ x[now] @ blur_x.transpose(2, 3)
 
-    now = which(params["flip"])
+    now = which(params["flip"])                                                                  # flip
     columns = mirrored[now][:, None, None, :].expand(-1, 3, height, -1)                       # (n, 3, H, W)
     x[now] = x[now].gather(3, columns)
     return torch.where(inside, x, images).to(images.dtype), boxes
 
 
 def box_masks(boxes, height, width):
-    """Boxes (N, 4) -> inside_x (N, W), inside_y (N, H), bool; mirrored (N, W), the columns of a flip inside."""
+    """Boxes (N, 4) -> inside_x (N, W), inside_y (N, H), bool; mirrored (N, W): each column's in a flip."""
     x1, y1, x2, y2 = boxes.split(1, dim=1)                                                   # (N, 1) each
     column = torch.arange(width, device=boxes.device)
     row = torch.arange(height, device=boxes.device)
@@ -238,8 +239,8 @@ def affine_maps(params):
 def shift_hue(x, turns):
     """Hue of pixels x (N, 3, P) in [0, 1] turned by `turns` (N, 1, 1) full circles: RGB -> HSV -> RGB.
 
-    With H in sixths of the circle, V = high and V S = high - low, HSV's formula for a channel is
-    V - V S clamp(min(k, 4 - k), 0, 1), k = (n + H) mod 6, n = 5 for red, 3 for green, 1 for blue.
+    With H in sixths of the circle, V = high and V S = chroma, HSV's formula gives a channel as
+    V - V S clamp(min(k, 4 - k), 0, 1), where k = (n + H) mod 6, and n = 5 for red, 3 for green, 1 for blue.
     """
     high = x.amax(dim=1, keepdim=True)
     low = x.amin(dim=1, keepdim=True)
@@ -248,8 +249,8 @@ def shift_hue(x, turns):
     hue = torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(high == r, g - b, hue) / chroma.clamp(min=1e-12)              # in sixths of the circle
     n = (5 - 2 * torch.arange(3, device=x.device))[:, None]                         # 5, 3, 1
-    sixths = (hue + (n + 6 * turns)) % 6                                            # k
-    return torch.lerp(high, low, torch.minimum(sixths, 4 - sixths).clamp(0, 1))
+    sixths = (hue + (n + 6 * turns)) % 6                                            # the formula's k
+    return torch.lerp(high, low, torch.minimum(sixths, 4 - sixths).clamp(0, 1))     # V - V S ...
 
 
 def blur_matrix(inside, sigma):
@@ -260,7 +261,8 @@ def blur_matrix(inside, sigma):
     """
     position = torch.arange(inside.shape[1], device=inside.device, dtype=sigma.dtype)
     distance = position[:, None] - position[None, :]                                             # (X, X)
-    weight = torch.exp(-0.5 * (distance / sigma[:, :, None]) ** 2)                            # (N, X, X)
+    near = distance.clamp(-9, 9)                        # far ones do not count, and tiny weights are slow
+    weight = torch.exp(-0.5 * (near / sigma[:, :, None]) ** 2)                                # (N, X, X)
     weight = weight * (distance.abs() <= 8) * inside[:, None, :]
     return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-12)
 
@@ -368,7 +370,7 @@ class Views(torch.utils.data.Dataset):
         DIVERGES: the release draws the crop's aspect from (1/2, 2) and keeps it (`--keep-aspect` does both).
         """
         top, left, h, w = crop_box(*image.shape[-2:], ratio=self.ratio, generator=generator)
-        size = [self.image_size, self.image_size]
+        size = [self.image_size, self.image_size]           # where nothing is pasted
         if self.backgrounds != "none":
             low, high = self.fg_size
             size = torch.randint(low, high + 1, (2,), generator=generator).tolist()      # h, w independently
@@ -386,17 +388,18 @@ class Views(torch.utils.data.Dataset):
 
 @dataclasses.dataclass
 class MakeGroup:
-    """The collate function: the samples of a BatchNorm group -> {"query": view, "key": view, "unreadable": []}.
+    """The collate function: samples of a BatchNorm group -> its composites, boxes, augmentation parameters.
 
-    A sample, from Views or from a data set of your own, is a dict:
+    A sample is a dict, from Views or from a data set of your own:
         query, key    uint8 (3, h, w), h and w at most S: two crops of one image
         source        int: which image that is
-        backgrounds   a list of uint8 (3, S, S). "group": one, the image itself, for crops of other images;
-                      "dataset": two, for this query and this key; "none": no one, the crops fill the canvas
-        seeds         ints: those of the first sample seed all draws of the group; (step, group number)
+        backgrounds   a list of uint8 (3, S, S). "group": the image itself, behind crops of other samples;
+                      "dataset": two, behind this query and this key; "none": nothing, a crop is the canvas
+        seeds         ints, of Views (step, group number): the first sample's seed all draws of the group
         unreadable    indices of files that could not be read; may be absent
-    A view is a dict: images uint8 (N, 3, S, S); boxes (N, 4), where the crops are pasted; drawn_boxes (N, 4),
-    what the encoder pools (jitter changes the query's); and the tensors of `photometric_params`.
+    Returns {"query": view, "key": view, "unreadable": indices}. A view is a dict: images uint8 (N, 3, S, S),
+    channels_last in memory; boxes (N, 4), where crops are pasted; drawn_boxes (N, 4), what the encoder pools
+    (for keys the same); and the tensors of `photometric_params`. ValueError for other samples; TooFewImages.
 
     DIVERGES: the paper's background is any other training image, for which the release decodes two more
     images a sample ("dataset"). In a "group" they cost no decode, but are not independent of each other.
@@ -404,7 +407,7 @@ class MakeGroup:
     """
     seed: int = 0
     image_size: int = 256               # S
-    backgrounds: str = "group"
+    backgrounds: str = "group"          # "group", "dataset" or "none"
     jitter: bool = True
     flip_moves_box: bool = False        # for augmentation of the whole composite, where a flip moves the box
 
@@ -445,7 +448,7 @@ class MakeGroup:
             h, w = crop.shape[1:]
             if crop.dtype != torch.uint8 or max(h, w) > size:
                 raise ValueError(f"a crop of {crop.dtype}, {h}x{w}: it must be uint8, at most {size}x{size}")
-            top = torch.randint(0, size - h + 1, (1,), generator=generator).item()
+            top = torch.randint(0, size - h + 1, (1,), generator=generator).item()      # far edges, too
             left = torch.randint(0, size - w + 1, (1,), generator=generator).item()
             images[i], boxes[i] = paste(background, crop, top, left)
         if self.flip_moves_box:

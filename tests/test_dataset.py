@@ -325,8 +325,8 @@ def test_an_unknown_way_to_choose_backgrounds_is_refused():
 
 
 @sides
-@pytest.mark.parametrize("crop", [torch.zeros(3, 33, 8, dtype=torch.uint8), torch.zeros(3, 8, 33, dtype=torch.uint8),
-                                  torch.zeros(3, 8, 8)], ids=["high", "wide", "float"])
+@pytest.mark.parametrize("crop", [
+    torch.zeros(3, 33, 8).byte(), torch.zeros(3, 8, 33).byte(), torch.zeros(3, 8, 8)], ids=["h", "w", "f"])
 def test_a_crop_that_is_no_uint8_or_larger_than_the_canvas_is_refused(name, crop):
     with pytest.raises(ValueError, match="must be uint8, at most 32x32"):
         MakeGroup(image_size=32)(solid_samples(4, **{name: crop}))
@@ -404,7 +404,8 @@ def test_flip_of_the_composite_moves_the_box_with_the_foreground(name):
 
 def test_without_pasting_a_view_is_a_crop_that_fills_the_canvas(tmp_path):
     picture(40, 50).save(tmp_path / "a.png")
-    item = Views([str(tmp_path / "a.png")], image_size=32, backgrounds="none")[0, 0, 0, 0]    # one image will do
+    views = Views([str(tmp_path / "a.png")], image_size=32, backgrounds="none")     # one image will do
+    item = views[0, 0, 0, 0]
     assert item["backgrounds"] == []
     group = MakeGroup(image_size=32, backgrounds="none", jitter=False)([item] * 2)
     for name in ("query", "key"):

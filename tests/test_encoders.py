@@ -80,7 +80,8 @@ def test_narrow50_is_detectron2s_resnet50_of_a_quarter_of_the_width():
         "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]])
     theirs = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
     renamed = to_detectron2(types.SimpleNamespace(backbone=net.state_dict(), extras={}), "fpn")
-    loaded = theirs.load_state_dict({name.removeprefix("backbone.bottom_up."): x for name, x in renamed.items()})
+    state = {name.removeprefix("backbone.bottom_up."): x for name, x in renamed.items()}
+    loaded = theirs.load_state_dict(state)
     assert not loaded.missing_keys and not loaded.unexpected_keys
     maps = trunk_maps(net, pictures(2, 96))
     for name, x in theirs(pictures(2, 96)).items():

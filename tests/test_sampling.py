@@ -58,8 +58,9 @@ def test_paste_refuses_to_leave_the_canvas(top, left):
     paste(torch.zeros(3, 8, 8), torch.ones(3, 4, 6), 4, 2)      # the last place that fits
 
 
-def test_paste_refuses_to_convert():
-    byte = torch.ones(3, 4, 4, dtype=torch.uint8)
-    for other in (torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta")):
-        with pytest.raises(ValueError, match="one dtype"):
-            paste(other, byte, 0, 0)
+@pytest.mark.parametrize("background, foreground", [
+    (torch.zeros(3, 8, 8), torch.ones(3, 4, 4).byte()), (torch.zeros(3, 8, 8).byte(), torch.ones(3, 4, 4)),
+    (torch.zeros(3, 8, 8, device="meta"), torch.ones(3, 4, 4)), (torch.zeros(3, 8, 8), torch.ones(1, 4, 4))])
+def test_paste_refuses_to_convert_and_to_broadcast(background, foreground):
+    with pytest.raises(ValueError, match="must agree"):
+        paste(background, foreground, 0, 0)
