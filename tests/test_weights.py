@@ -713,14 +713,16 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_file_runs_code_only_with_trust(form, tmp_path):
+@pytest.mark.parametrize("form, options", [
+    ("x.pth", {}), ("x.pth", {"_use_new_zipfile_serialization": False}), ("x.pth", {"pickle_protocol": 4}),
+    ("x.pkl", None), ("x.pth", None), ("x.safetensors", {}), ("x.safetensors", None)])
+def test_a_file_runs_code_only_with_trust(form, options, tmp_path):
     content = {"model": trunk("narrow18"), "extra": Hostile(str(tmp_path / "ran"))}
-    path = tmp_path / ("x.pkl" if form == "pickle" else "x.pth")
-    if form == "pickle":
-        save({"model": arrays(content["model"]), "extra": content["extra"]}, path)
+    path = tmp_path / form
+    if options is None:
+        path.write_bytes(pickle.dumps({"model": arrays(content["model"]), "extra": content["extra"]}, 2))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+        torch.save(content, path, **options)
     assert "--trust" in refusal(path)
     assert not (tmp_path / "ran").exists()
     assert read_weights(str(path), trust=True).resnet == "narrow18" and (tmp_path / "ran").exists()
@@ -739,6 +741,209 @@ def test_numpys_classes_are_not_given_to_a_file(tmp_path):
             for name in source.namelist():
                 target.writestr(name, data if name.endswith("data.pkl") else source.read(name))
     assert type(read_file(str(tmp_path / "x.pth"))).__name__ == "Ignored"
+
+
+# ---- Containers
+
+def tar_of_torch_0_1(state, path):
+    """As torch.save wrote until 0.1.12: a tar of three pickles, in two of which raw numbers stand between."""
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item):
+            return item[1:] if isinstance(item, str) and item.startswith("#") else None
+
+    parts = {name: io.BytesIO() for name in ("sys_info", "pickle", "storages", "tensors")}
+    state = {name: x.contiguous() for name, x in state.items() if "num_batches" not in name}
+    pickle.dump({"protocol_version": 1000, "little_endian": True}, parts["sys_info"], 2)
+    for name in ("storages", "tensors"):
+        pickle.dump(len(state), parts[name], 2)
+    for i, x in enumerate(state.values()):
+        pickle.dump((i, "cpu", torch.FloatStorage), parts["storages"], 2)
+        parts["storages"].write(struct.pack("<q", x.numel()) + x.numpy().tobytes())
+        pickle.dump((1000 + i, i, torch.FloatTensor), parts["tensors"], 2)
+        parts["tensors"].write(struct.pack(f"<ii{2 * x.dim() + 1}q", x.dim(), 0, *x.shape, *x.stride(), 0))
+    pickle.dump([], parts["storages"], 2)
+    Pickler(parts["pickle"], 2).dump(collections.OrderedDict(
+        (name, f"#{1000 + i}") for i, name in enumerate(state)))
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, part in parts.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = part.tell()
+            part.seek(0)
+            archive.addfile(entry, part)
+
+
+def script(state, path):
+    net = make_resnet("resnet18").eval()
+    torch.jit.save(torch.jit.trace(net, torch.zeros(1, 3, 64, 64)), path)
+
+
+def wrote(**options):
+    return lambda state, path: torch.save(state, path, **options)
+
+
+def pickled(protocol):
+    return lambda state, path: path.write_bytes(pickle.dumps(arrays(state), protocol))
+
+
+NEED_TRUST = [
+    ("resnet18-5c106cde.pth", tar_of_torch_0_1, "it is a tar file, as torch 0.1 wrote"),
+    ("x.pth", wrote(pickle_protocol=4), "it has pickle protocol 4 or 5"),
+    ("x.pth", wrote(pickle_protocol=5), "it has pickle protocol 4 or 5"),
+    ("x.pth", wrote(pickle_protocol=4, _use_new_zipfile_serialization=False), "it has pickle protocol 4 or 5"),
+    ("x.pt", script, "it is a TorchScript archive"),
+    ("x.pth", lambda state, path: torch.save(make_resnet("resnet18"), path), "it asks for torchvision.models.resnet"),
+    ("x.pth", lambda state, path: torch.save({"model": make_resnet("resnet18"), "epoch": 3}, path), "it asks for"),
+    ("x.pth", pickled(2), "it is a pickle"), ("x.bin", pickled(4), "it is a pickle"), ("x.pkl", pickled(0), "it is a"),
+    ("x.pth", lambda state, path: path.write_bytes(pickle.dumps(dict(state), 2)), "it is a pickle"),
+    ("x.pth", lambda state, path: torch.save(arrays(state), path), "NumPy's arrays need --trust")]
+
+
+@pytest.mark.parametrize("name, write, word", NEED_TRUST, ids=[f"{row[0]} {row[2][:30]}" for row in NEED_TRUST])
+@pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning", "ignore:.*torch.jit", "ignore:Detected pickle")
+def test_what_trust_would_read_is_named(name, write, word, tmp_path):
+    state = {key: x.contiguous() for key, x in SMALL.items()}
+    write(state, tmp_path / name)
+    said = refusal(tmp_path / name)
+    assert word in said and "--trust" in said and "damaged" not in said
+    weights = read_weights(str(tmp_path / name), trust=True)
+    assert weights.resnet == "resnet18"
+    if "torchvision" not in word and "TorchScript" not in word and word != "it asks for":       # those are random
+        assert same(weights.backbone, {key: x if "num_batches" not in key else weights.backbone[key]
+                                       for key, x in state.items()})
+
+
+@pytest.mark.parametrize("write, name", [
+    (lambda state, path: safetensors.torch.save_file(state, path), "x.bin"),
+    (lambda state, path: safetensors.torch.save_file(state, path), "x.pth"),
+    (wrote(), "x.safetensors"), (wrote(), "x.pkl"), (wrote(pickle_protocol=3), "x.pth"),
+    (wrote(_use_new_zipfile_serialization=False), "x.pkl")])
+@pytest.mark.filterwarnings("ignore:Detected pickle")
+def test_the_ending_does_not_matter(write, name, tmp_path):
+    state = {key: x.contiguous() for key, x in trunk("narrow18").items()}
+    write(state, tmp_path / name)
+    assert same(read_weights(str(tmp_path / name)).backbone, state)
+
+
+@pytest.mark.parametrize("name, data, word", [
+    ("resnet50.onnx", b"\x08\x07\x12\x07pytorch\x1a\x03", "an ONNX graph: convert"),
+    ("x.pth", b"\x08\x08\x12\x07pytorch", "an ONNX graph: convert"),
+    ("x.h5", b"\x89HDF\r\n\x1a\n", "HDF5, as Keras writes it: convert"),
+    ("x.pth", b"\x93NUMPY\1\0", "NumPy's: convert"), ("x.npz", b"PK\3\4", "NumPy's: convert"),
+    ("flax_model.msgpack", b"\x83", "JAX or TensorFlow: convert"),
+    ("model.safetensors.index.json", b'{"metadata": {}, "weight_map": {}}', "an index of shards: give one file"),
+    ("x.pth", b"\n<!DOCTYPE html><html>", "a web page"), ("x.safetensors", b"<html>", "a web page"),
+    ("x.pth", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+    ("x.pth.gz", b"\x1f\x8b\x08", "compressed: unpack it"), ("x.pth", b"", "it is empty"),
+    ("x.caffemodel", b"\n\x08ResNet-50", "no file of tensors: it begins with")])
+def test_what_pytorch_does_not_read_has_a_word_of_its_own(name, data, word, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    for trust in (False, True):
+        said = refusal(tmp_path / name, trust=trust)
+        assert word in said and "--trust" not in said
+
+
+def test_a_class_of_the_program_that_wrote_it(tmp_path):
+    data = pickle.dumps({"a": 1}, 2).replace(b"X\1\0\0\0a", b"c__main__\nNothing\n")
+    (tmp_path / "x.pth").write_bytes(data)
+    assert "save a state_dict()" in refusal(tmp_path / "x.pth", trust=True)
+
+
+# ---- What stands beside the trunk is not looked at
+
+BESIDE = {
+    "text": np.str_("a"), "texts": np.array(["a", "b"]), "objects": np.array([{"a": 1}, None], dtype=object),
+    "date": np.datetime64("2020-01-01"), "dates": np.array(["2020-01-01"], dtype="M8[D]"),
+    "records": np.zeros(2, dtype=[("a", "f4")]), "numbers": np.arange(3), "long doubles": np.zeros(2, np.longdouble),
+    "quantised": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+    "meta": torch.zeros(3, device="meta"), "sparse": torch.eye(3).to_sparse(), "csr": torch.eye(3).to_sparse_csr(),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "complex": torch.ones(3) * 1j}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_only_the_tensors_of_the_place_are_looked_at(kind, tmp_path):
+    value = BESIDE[kind]() if callable(BESIDE[kind]) else BESIDE[kind]
+    path = save({"state_dict": {**trunk("narrow18"), "mean": value}, "more": {kind: value}}, tmp_path / "x.pth")
+    for trust in (False, True):
+        assert same(read_weights(path, trust=trust).backbone, trunk("narrow18"))
+
+
+def test_dates_of_python_need_trust(tmp_path):
+    path = save({"state_dict": trunk("narrow18"), "on": datetime.date(2020, 1, 1)}, tmp_path / "x.pth")
+    assert "it asks for datetime.date, which may run code: --trust" in refusal(path)
+    assert read_weights(path, trust=True).resnet == "narrow18"
+
+
+def test_a_dict_that_holds_itself(tmp_path):
+    content = {"state_dict": trunk("narrow18")}
+    content["again"] = content
+    assert read_weights(save(content, tmp_path / "x.pth")).source == "narrow18 at 'state_dict.'"
+
+
+def test_arrays_of_the_other_byte_order(tmp_path):
+    small = {name: x.astype(x.dtype.newbyteorder(">")) for name, x in arrays(trunk("narrow18")).items()}
+    weights = read_weights(save(small, tmp_path / "x.pkl"), trust=True)
+    assert torch.equal(weights.backbone["bn1.bias"], trunk("narrow18")["bn1.bias"])
+
+
+# ---- Wrappers, spellings of a prefix, averages
+
+WRAPPERS = [("layer1.", "layer1._orig_mod."), ("conv1.", "conv1._orig_mod."), ("layer1.0.", "layer1._orig_mod.0."),
+            ("layer2.0.", "layer2.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+            (".bn2.", "._checkpoint_wrapped_module.bn2.")]
+
+
+@pytest.mark.parametrize("rule", WRAPPERS, ids=[rule[1] for rule in WRAPPERS])
+def test_wrappers_of_torch_compile_fsdp_and_checkpointing(rule, tmp_path):
+    content = {"model": under("_orig_mod.", renamed(trunk("narrow18"), rule))}
+    weights = read_weights(save(content, tmp_path / "x.pth"))
+    assert same(weights.backbone, trunk("narrow18")) and weights.source == "narrow18 at 'model.'"
+    assert not weights.dropped
+
+
+def test_a_wrapped_net_beside_another_is_not_mixed_with_it(tmp_path):
+    small, other = trunk("narrow18"), trunk("narrow18", 5000)
+    path = save({**small, **under("_orig_mod.", other)}, tmp_path / "x.pth")
+    assert "two ResNets, at '' and '_orig_mod.'" in refusal(path)
+    assert same(read_weights(path, prefix="").backbone, small)
+    path = save({**under("backbone.", small), "backbone.0.weight": torch.zeros(16, 3, 7, 7)}, tmp_path / "x.pth")
+    weights = read_weights(path)
+    assert same(weights.backbone, small) and weights.dropped == ("backbone.0.weight",)
+
+
+@pytest.mark.parametrize("prefix", [
+    "state_dict.model.backbone.bottom_up.", "state_dict.model.backbone.bottom_up", "state_dict.model.backbone.",
+    "model.backbone.bottom_up", "model.backbone", "state_dict._orig_mod.model.backbone.bottom_up"])
+def test_prefix_in_the_files_spelling_and_in_ours(prefix, tmp_path):
+    small, other = (detectron2_names(trunk("narrow18", start), "fpn") for start in (1, 5000))
+    content = {"state_dict": {**under("_orig_mod.model.", small), **under("_orig_mod.twin.", other)}}
+    path = save(content, tmp_path / "x.pth")
+    assert "two ResNets" in refusal(path)
+    assert same(read_weights(path, prefix=prefix).backbone, trunk("narrow18"))
+    said = refusal(path, prefix="backbone.bottom_up.")                  # which of the two?
+    assert "two ResNets, at 'state_dict.model.backbone.' and 'state_dict.twin.backbone.'" in said
+
+
+@pytest.mark.parametrize("place", ["teacher.backbone.", "state_dict_ema.", "model.module.encoder_k."])
+def test_an_average_alone_is_taken_and_named(place, tmp_path):
+    weights = read_weights(save(under(place, trunk("narrow18")), tmp_path / "x.pth"))
+    assert same(weights.backbone, trunk("narrow18"))
+    assert weights.source == f"narrow18 at {place!r}; it is a moving average"
+
+
+def test_lightlys_moco_v2_needs_no_prefix(tmp_path):
+    """Its benchmark's names; its example's, an nn.Sequential of the children; its MoCo module's."""
+    net, old = make_resnet("narrow18"), make_resnet("narrow18")
+    memory = {"criterion.memory_bank.bank": torch.zeros(4, 2), "projection_head.layers.0.weight": torch.zeros(2, 2)}
+    for query, key in (("backbone.", "key_backbone."), ("backbone.", "momentum_backbone.")):
+        states = {**under(query, net.state_dict()), **under(key, old.state_dict())}
+        weights = read_weights(save({"state_dict": {**states, **memory}}, tmp_path / "x.ckpt"))
+        assert same(weights.backbone, net.state_dict())
+        assert weights.source.startswith("narrow18 at 'state_dict.backbone.'; a moving average is at 'state_dict." + key)
+    parts = [torch.nn.Sequential(*list(whole.children())[:-1]).state_dict() for whole in (net, old)]
+    states = {**under("backbone.", parts[0]), **under("backbone_momentum.", parts[1])}
+    weights = read_weights(save({"state_dict": {**states, **memory}}, tmp_path / "x.ckpt"))
+    assert same(weights.backbone, net.state_dict())
 
 
 def damaged(data):
