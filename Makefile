@@ -7,7 +7,7 @@ SHELL  := /bin/bash
 # What lies on PYTHONPATH would take the place of what is in the environment (`gpu` may run without one).
 RUN    := env -u PYTHONPATH -u PYTHONHOME $(BIN)/python
 
-.PHONY: install demo demo-detect demo-pretrained demo-random test test-slow test-all gpu lint clean
+.PHONY: install demo demo-pretraining demo-detect detect-pretrained detect-random test test-slow test-all gpu lint clean
 
 install: $(VENV)/installed
 
@@ -18,29 +18,43 @@ $(VENV)/installed: requirements.txt tools/install.py
 toy: | install
 	$(RUN) tools/toy.py toy
 
-# A pre-training in small that learns within minutes on two cores. One thread for the network, one process for the
-# pictures: on a machine that does other work, too, more threads would wait for each other.
-demo: install | toy
-	@echo "A small network is pre-trained in 864 steps: minutes on two idle cores. A line is printed every 4 steps."
-	OMP_NUM_THREADS=1 $(RUN) pretrain.py --arch c4 --resnet narrow18 --image-size 64 --batch-size 64 --bn-group 32 \
-		--queue-size 128 --fill-queue --ema 0.996 --lr 0.1 --epochs 54 --log-every 4 --device cpu --nprocs 1 --workers 1 \
+# A pre-training in small that learns within minutes on two cores. One thread for the network and one process for the
+# pictures: beside other work, more threads would wait for each other.
+SMALL := OMP_NUM_THREADS=1 $(RUN)
+
+demo-pretraining: install | toy
+	@echo "A small network is pre-trained in 864 steps, which takes minutes on two idle cores. Every 4 steps print a line."
+	$(SMALL) pretrain.py --arch c4 --resnet narrow18 --image-size 64 --batch-size 64 --bn-group 32 --queue-size 128 \
+		--fill-queue --ema 0.996 --lr 0.1 --epochs 54 --log-every 4 --device cpu --nprocs 1 --workers 1 \
 		--out runs/demo --resume toy/swatches
-	@echo "Its features, and those of a random network, are compared on pictures that it never saw."
-	@OMP_NUM_THREADS=1 $(RUN) probe_cls.py runs/demo toy/swatches --knn 20 --image-size 64 --device cpu --nprocs 1 \
+
+demo: demo-pretraining
+	@echo "Its features, and those of a random network, are now compared on pictures that it never saw."
+	@$(SMALL) probe_cls.py runs/demo toy/swatches --knn 20 --image-size 64 --device cpu --nprocs 1 --workers 1 \
 		--out runs/demo_knn --resume > runs/demo_knn.txt
 	@$(RUN) tools/demo.py pairs runs/demo runs/demo_knn
 
-# The whole chain on the toy world: pre-train an FPN, then Mask R-CNN from its weights and from random ones, on the CPU.
-DETECT := --protocol coco-fpn-1x --data toy --device cpu --nprocs 1 --resume MODEL.RESNETS.DEPTH 18 \
-	INPUT.MIN_SIZE_TRAIN "(128,)" INPUT.MIN_SIZE_TEST 128 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.MAX_ITER 100 \
-	SOLVER.WARMUP_ITERS 10 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.POST_NMS_TOPK_TEST 50 \
-	TEST.DETECTIONS_PER_IMAGE 10 TEST.PRECISE_BN.NUM_ITER 10 TEST.EVAL_PERIOD 50
+# The whole chain: the same pre-training, then the paper's detector in small, from these weights and from random ones.
+ITERATIONS := 150
+DETECTOR := --protocol voc-c4 --data toy --classes circle,cross,square,star,triangle --trials 3 \
+	--device cpu --nprocs 1 --workers 0 --resume INPUT.MIN_SIZE_TRAIN "(128,)" INPUT.MIN_SIZE_TEST 128 \
+	SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.02 SOLVER.MAX_ITER $(ITERATIONS) SOLVER.WARMUP_ITERS 20 \
+	MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TEST 50 \
+	TEST.DETECTIONS_PER_IMAGE 10 TEST.PRECISE_BN.NUM_ITER 10
+NARROW := MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.BACKBONE.NAME build_narrow_backbone
+# Of what a training prints, its progress alone; all of it goes to a file.
+PROGRESS = tee runs/$@.txt | sed -un 's/.*iter: *\([0-9]*\) *total_loss: *\([0-9.]*\).*/$@: iteration \1 of $(ITERATIONS), loss \2/p;s/^trial/$@: &/p'
 
-demo-detect: install | toy
-	$(RUN) pretrain.py --arch fpn --resnet resnet18 --image-size 64 --batch-size 32 --bn-group 8 --queue-size 256 \
-		--ema 0.99 --lr 0.005 --epochs 4 --device cpu --nprocs 1 --out runs/demo_fpn --resume toy/images
-	$(RUN) finetune_det.py runs/demo_fpn --out runs/demo_detect $(DETECT)
-	$(RUN) finetune_det.py random --out runs/demo_detect_random $(DETECT)
+demo-detect: demo-pretraining
+	@echo "Two detectors are now trained at once, three times each: from the pre-trained network, and from random weights."
+	@$(MAKE) --no-print-directory -j 2 detect-pretrained detect-random
+	@$(RUN) tools/demo.py detector runs/detect-pretrained runs/detect-random
+
+detect-pretrained:
+	@$(SMALL) finetune_det.py runs/demo --out runs/$@ $(DETECTOR) | $(PROGRESS)
+
+detect-random:
+	@$(SMALL) finetune_det.py random --out runs/$@ $(DETECTOR) $(NARROW) | $(PROGRESS)
 
 # What a change needs, in under five minutes on two quiet cores; then the rest: kills, processes, fine-tunings.
 test: install
@@ -65,4 +79,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) toy runs/demo*
+	rm -rf $(VENV) toy runs/demo* runs/detect-*

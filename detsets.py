@@ -242,13 +242,17 @@ def mend(content, folder, masks, tenth, said):
     if all(max(entry["bbox"]) <= 1 for entry in entries) and entries:
         raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in "
                          "this file; COCO's is x, y, width, height in pixels")
-    corners = are_corners(entries, images)
-    for i, entry in enumerate(entries):
+    corners, only_crowds = are_corners(entries, images), all(entry["iscrowd"] for entry in entries)
+    for entry in entries:
         image = images[entry["image_id"]]
         fault = mend_box(entry, image, corners)
         if fault:
             said[fault].append(image["file_name"])
-    for entry in entries:
+        if only_crowds:                             # CVAT and datumaro write it beside every run-length mask
+            entry["iscrowd"] = 0
+            said["are crowds (iscrowd 1) like all of this file: taken as things"].append(image["file_name"])
+        elif entry["iscrowd"]:
+            said["are crowds (iscrowd 1): nothing trains on them or counts them"].append(image["file_name"])
         if not masks:
             entry.pop("segmentation", None)
     if masks:
@@ -258,6 +262,20 @@ def mend(content, folder, masks, tenth, said):
         for i, entry in enumerate(entries, start=1):
             entry["id"] = i                         # COCO's evaluation takes 0 for unmatched
     return {**content, "images": list(images.values()), "annotations": entries, "categories": categories}
+
+
+def match_classes(content, training):
+    """Gives a set the categories of the training set, matched by their names. ValueError if it has others."""
+    if content["categories"] == training:
+        return
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    ids = {entry["name"]: entry["id"] for entry in training}
+    others = sorted(set(names.values()) - ids.keys())
+    if others:
+        raise ValueError(f"its classes {others[:9]} are none of training's, {list(ids)[:9]}")
+    for entry in content["annotations"]:
+        entry["category_id"] = ids[names[entry["category_id"]]]
+    content["categories"] = training
 
 
 def read_voc(folder, split, classes, said):
@@ -328,17 +346,19 @@ def register(name, folder, labels, classes):
         MetadataCatalog.get(name).set(dirname=labels.removesuffix(".json"), split="val", year=2007)
 
 
-def mend_set(args, name, folder, labels, said):
+def mend_set(args, name, folder, labels, training, said):
     """Reads and mends a set. -> its content, the json that detectron2 reads, the folder of its pictures"""
     copy = f"{args.out}/{name}.json"
     tenth = args.protocol == "minicoco-c4" and name == "coco_train"
     if name.startswith("voc"):
         folder, content = f"{folder}/JPEGImages", read_voc(folder, labels, args.classes, said)
         content = mend(content, folder, False, tenth, said)
+        match_classes(content, training or content["categories"])
         write_voc(content, copy.removesuffix(".json"))
     else:
         before = json.loads(Path(labels).read_text())
         content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
+        match_classes(content, training or content["categories"])
         if content == before:                                       # COCO itself: nothing had to change
             return content, labels, folder
     stage.write_atomically(copy, lambda file: file.write(json.dumps(content).encode()))
@@ -352,27 +372,24 @@ def load_data(args):
     masks: whether all boxes have one; run_length: whether one of training is no polygon; notes: lines, said
     already; source: labels and folder of validation.
     """
-    data = SimpleNamespace(sets=[], digests=[], classes=None, images=0, masks=True, run_length=False,
-                           notes=[])
+    data = SimpleNamespace(sets=[], digests=[], images=0, masks=True, run_length=False, notes=[])
+    categories = None
     for name, folder, labels in find_sets(args):
         data.source = f"{labels} of {folder}"
         said = collections.defaultdict(list)
         with reading(data.source):
-            content, labels, folder = mend_set(args, name, folder, labels, said)
+            content, labels, folder = mend_set(args, name, folder, labels, categories, said)
             images, boxes = content["images"], content["annotations"]
             for fault, places in said.items():
                 data.notes.append(f"{data.source}: {len(places)} of {len(boxes)} boxes {fault} "
                                   f"(first: {places[0]})")
                 stage.say(data.notes[-1])
-            if all(box["iscrowd"] for box in boxes):
-                raise ValueError("no box, or crowds (iscrowd 1) alone")
-            categories = sorted(content["categories"], key=lambda entry: entry["id"])
-            classes = [entry["name"] for entry in categories]
-            if data.classes not in (None, classes):
-                raise ValueError(f"its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
-        register(name, folder, labels, classes)
+            if not boxes:
+                raise ValueError("it has no box")
+            categories = content["categories"]
+            data.classes = [entry["name"] for entry in sorted(categories, key=lambda entry: entry["id"])]
+        register(name, folder, labels, data.classes)
         data.sets.append((name, folder, labels))
-        data.classes = classes
         data.digests.append(stage.digest(repr(entry).encode() for entry in [*images, *boxes]))
         data.masks = data.masks and "segmentation" in boxes[0]
         if name.endswith(("train", "trainval")):

@@ -41,7 +41,7 @@ FREE = stage.LOCAL | {"world", "log_every", "save_steps", "preview", "compile"}
 # What to do about settings that differ.
 HINTS = {"epochs": "each step's rate depends on --epochs: to train longer, start another --out from these "
                    "weights by --init"}
-WORLD = (Unreadable, TooFewImages)                              # here the data is at fault, not the program
+DATA_ERRORS = (Unreadable, TooFewImages)                        # here the data is at fault, not the program
 SPLITS = re.compile(r"(train|val|valid|validation|test|testing|dev|eval|extra|unlabell?ed)([\W\d_]|$)", re.I)
 PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")            # a shell's names for what it pipes in
 CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")                  # bytes that a list of paths does not have
@@ -182,8 +182,8 @@ def read_list(path):
     with stage.touching(path), open(path, "rb") as f:
         text = f.read(2 ** 16)
         if CONTROL.search(text):
-            raise stage.Refusal(f"{path} is no text file of paths; if it is an archive, unpack it and give the "
-                                "folder")
+            raise stage.Refusal(f"{path} is no text file of paths; if it is an archive, unpack it and give "
+                                "the folder")
         text += f.read()
     names = text.split(b"\0") if b"\0" in text else text.splitlines()
     return [name for name in names if name]
@@ -332,7 +332,7 @@ def save_composites(args, paths, count):
     views, make_group = make_data(args, paths)
     size = min(max(count, args.bn_group), len(paths))
     addresses = batches(len(paths), size, size, 1, args.seed)
-    group = next(stage.load(views, addresses, 0, make_group, world=WORLD))
+    group = next(stage.load(views, addresses, 0, make_group, data_errors=DATA_ERRORS))
     mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
     zoom = max(1, 256 // args.image_size)
     images = {}
@@ -403,8 +403,9 @@ def start_events(out, step):
     return SummaryWriter(out, purge_step=step + 1)
 
 
-def log(out, events, record, last_step, seconds_left):
+def log(out, events, record, last_step, seconds_a_step):
     """A step's numbers, to the terminal, log.jsonl and TensorBoard."""
+    seconds_left = seconds_a_step * (last_step - record["step"])
     say(f"step {record['step']}/{last_step}  epoch {record['epoch']}  loss {record['loss']:.3f}  "
         f"acc_queue {record['acc_queue']:.3f}  acc_batch {record['acc_batch']:.3f}  "
         f"{record['images_per_s']:.1f} images/s  data wait {record['data_wait']:.0%}  "
@@ -436,6 +437,13 @@ def save(out, state):
     failure = stage.gather_objects(failure)[0]
     if failure:
         stage.leave(failure)
+
+
+def check_share(unreadable, paths):
+    """All ranks leave if more than 1 % of the images cannot be read. unreadable: all ranks' indices."""
+    if len(unreadable) > len(paths) / 100:
+        names = ", ".join(repr(os.fsdecode(paths[index])) for index in sorted(unreadable)[:10])
+        stage.leave(f"{len(unreadable)} of {len(paths)} images cannot be read, over 1 %: {names}")
 
 
 def introduce(args, n_images, encoder, epoch_steps):
@@ -500,7 +508,7 @@ def main(rank, device, args, paths, data_digest):
         encoder_k.compile()
     views, make_group = make_data(args, paths)
     addresses = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step, own_groups)
-    loader = stage.load(views, addresses, args.workers, make_group, args.device == "cuda", WORLD)
+    loader = stage.load(views, addresses, args.workers, make_group, args.device == "cuda", DATA_ERRORS)
 
     # ---- log and pictures
     chance = introduce(args, len(paths), encoder_q, epoch_steps)
@@ -597,8 +605,7 @@ def main(rank, device, args, paths, data_digest):
                       "data_wait": waited / (now - logged_at), "queue_filled": queue.filled.item(),
                       "memory_gb": peak_memory(device)}
             if rank == 0:
-                seconds_left = (now - started) / (step - first_step) * (last_step - step)
-                log(args.out, events, record, last_step, seconds_left)
+                log(args.out, events, record, last_step, (now - started) / (step - first_step))
             totals.zero_()
             logged_step = step
             logged_at = now
@@ -611,9 +618,7 @@ def main(rank, device, args, paths, data_digest):
                 stage.attempt("loss.png", save_curves, args.out, chance, args.queue_size, args.batch_size)
         if step % epoch_steps == 0:
             unreadable = set().union(*stage.gather_objects(unreadable))
-            if len(unreadable) > len(paths) / 100:
-                names = ", ".join(repr(os.fsdecode(paths[index])) for index in sorted(unreadable)[:10])
-                stage.leave(f"{len(unreadable)} of {len(paths)} images cannot be read, over 1 %: {names}")
+            check_share(unreadable, paths)
         if stop and step < last_step:
             stage.leave(f"stopped by {signal.Signals(stop).name} after step {step}; the same command with "
                         "--resume goes on", status=128 + stop)

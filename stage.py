@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.resource_tracker
 import os
@@ -242,25 +243,30 @@ def start_processes(count, main, args, prepared):
         for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        try:
-            while not context.join(grace_period=10):
+        codes = [None]                                              # None: that process still runs
+        while None in codes and not any(codes):
+            alive = [process.sentinel for process in context.processes if process.is_alive()]
+            multiprocessing.connection.wait(alive)
+            codes = [process.exitcode for process in context.processes]
+        if not any(codes):
+            return
+        with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):
+            while not context.join(grace_period=10):                # ends the others, too
                 pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException):
-            explain(context, args.out)
+        killed = [-code for code in codes if code and code < 0]
+        if killed:
+            raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(args.out)}")
+        explain(context)
 
 
-def explain(context, out):
-    """Ends as the process that failed first did. The others failed for want of it."""
-    codes = [process.exitcode for process in context.processes]
-    killed = [-code for code in codes if code < 0 and code != -signal.SIGTERM]
-    if killed:
-        raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(out)}")
-    traces = [path if os.path.exists(path) else None for path in context.error_files]
-    left = [code for code, trace in zip(codes, traces) if code > 0 and not trace]
-    if left:
-        sys.exit(max(left))                                         # that process has said why
-    with open(min(filter(None, traces), key=os.path.getmtime), "rb") as f:
-        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}") from None
+def explain(context):
+    """Ends as the process that failed first did. The others may have failed for want of it."""
+    traces = [path for path in context.error_files if os.path.exists(path)]
+    for process, path in zip(context.processes, context.error_files):
+        if process.exitcode > 0 and path not in traces:
+            sys.exit(process.exitcode)                              # that process has said why
+    with open(min(traces, key=os.path.getmtime), "rb") as f:
+        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}")
 
 
 def run(rank, rendezvous, main, args, prepared):
@@ -273,7 +279,8 @@ def run(rank, rendezvous, main, args, prepared):
             return
         if os.getpid() == process:                                  # a loader worker inherits this
             if rank == 0:
-                print(f"stopped by {signal.Signals(number).name}{go_on(args.out)}", file=sys.stderr, flush=True)
+                name = signal.Signals(number).name
+                print(f"stopped by {name}{go_on(args.out)}", file=sys.stderr, flush=True)
             end_workers()
         os._exit(128 + number)
 
@@ -348,11 +355,11 @@ def collect_signals():
 
 # ---- Loader workers --------------------------------------------------------------------------------------
 
-def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=()):
+def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_errors=()):
     """Yields the batches of a torch DataLoader whose workers end with this process.
 
-    A Refusal, an exception of a class in `world`, and whatever befalls a worker end in a Refusal. Any other
-    exception of dataset or collate is a bug and comes through, a worker's with its traceback.
+    A Refusal, an exception of a class in `data_errors`, and whatever befalls a worker end in a Refusal. Any
+    other exception of dataset or collate is a bug and comes through, a worker's with its traceback.
     """
     context = None
     if workers:                             # forked, they share torch and the paths, 420 MB each otherwise
@@ -367,7 +374,7 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, world=
             batch = next(loader)
         except StopIteration:
             return
-        except (Refusal, *world) as error:
+        except (Refusal, *data_errors) as error:
             raise Refusal(last_line(error)) from error
         except (OSError, EOFError, RuntimeError) as error:
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's

@@ -274,7 +274,7 @@ def test_a_box_of_a_crowd_without_a_mask_keeps_the_masks(world, tmp_path):
     def crowd(content):
         content["annotations"][0].update(iscrowd=1, segmentation=[])
     data, _, notes = rehearsed(own_set(world, tmp_path, crowd, "both"))
-    assert notes == data.notes == [] and data.masks
+    assert notes == [] and data.masks and all("are crowds" in note for note in data.notes)
 
 
 # Masks.
@@ -405,7 +405,6 @@ def test_other_ways_to_write_a_polygon(form, world, tmp_path):
     (one("images", 1, "height", "tall"), "000000000002.jpg: height is 'tall', which is no number"),
     (one("annotations", 0, "segmentation", {"size": [9, 9]}), "segmentation: KeyError: 'counts'"),
     (one("annotations", 0, "segmentation", [["a", "b", "c", "d", "e", "f"]]), "000000000001.jpg: a box"),
-    (every("iscrowd", 1), "crowds (iscrowd 1) alone"),
     (one("images", 3, "file_name", "absent.jpg"), "absent.jpg")])
 def test_what_would_end_a_run_ends_it_before(edit, said, split, world, tmp_path):
     line = refused(own_set(world, tmp_path, edit, split))
@@ -421,9 +420,35 @@ def test_a_file_that_is_no_coco_json(text, world, tmp_path):
     assert "val.json" in refused(args)
 
 
-def test_other_classes_in_validation(world, tmp_path):
+def test_a_class_that_training_has_not(world, tmp_path):
     args = own_set(world, tmp_path, one("categories", 0, "name", "else"))
-    assert "its classes, ['else', " in refused(args)
+    assert "its classes ['else'] are none of training's, ['circle', " in refused(args)
+
+
+def test_classes_are_matched_by_name(world, tmp_path):
+    """labelme2coco numbers them as it meets them, and leaves out those without a box."""
+    plain = loaded(own_set(world, tmp_path))
+    before = [[box["category_id"] for box in item["annotations"]] for item in DatasetCatalog.get("coco_val")]
+    def renumbered(content):
+        used = sorted({box["category_id"] for box in content["annotations"]}, reverse=True)
+        for box in content["annotations"]:
+            box["category_id"] = used.index(box["category_id"])
+        names = {entry["id"]: entry["name"] for entry in content["categories"]}
+        content["categories"] = [{"id": i, "name": names[number]} for i, number in enumerate(used)]
+    data, _, notes = rehearsed(own_set(world, tmp_path, renumbered))
+    after = [[box["category_id"] for box in item["annotations"]] for item in DatasetCatalog.get("coco_val")]
+    assert notes == data.notes == [] and data.classes == plain.classes and after == before
+
+
+def test_crowds_are_said_and_crowds_alone_are_things(world, tmp_path):
+    data, _, notes = rehearsed(own_set(world, tmp_path, every("iscrowd", 1)))
+    assert notes == [] and "taken as things" in data.notes[0] and data.masks
+    assert not any(box["iscrowd"] for item in DatasetCatalog.get("coco_val") for box in item["annotations"])
+
+    def some(content):
+        content["annotations"][0]["iscrowd"] = 1
+    data, _, notes = rehearsed(own_set(world, tmp_path, some))
+    assert notes == [] and "1 of" in data.notes[0] and "nothing trains on them" in data.notes[0]
 
 
 # ---- the ceiling

@@ -783,8 +783,9 @@ from detectron2.utils import comm
 def planted(self, item):
     if comm.get_rank() == comm.get_world_size() - 1:
         item["no such key"]
+    return call(self, item)
 
-DatasetMapper.__call__ = planted
+call, DatasetMapper.__call__ = DatasetMapper.__call__, planted
 """
 
 

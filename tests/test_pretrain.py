@@ -7,13 +7,16 @@ import random
 import re
 import shutil
 import signal
+import sys
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import torch.utils.tensorboard
 import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -376,21 +379,35 @@ def test_composites_show_the_boxes(here, photos, tmp_path):
     order = torch.randperm(40, generator=generator_for(0, "order", 0)).tolist()
     group = MakeGroup(0, 64)([Views(paths, 0, 64, (32, 64))[0, 0, 0, index] for index in order[:6]])
     sheet = np.asarray(Image.open(tmp_path / "composites.png").convert("RGB")).astype(int)
-    side, blue = 64 + 2 * 16, 0
-    assert sheet.shape == (3 * (side + 2) + 2, 4 * (side + 2) + 2, 3)
-    anchors = grid_anchors(64)
+    side = 4 * 64                                           # enlarged, without a frame
+    assert sheet.shape == (3 * (side + 6) + 6, 4 * (side + 6) + 6, 3)
     for i in range(6):
         for j, name in enumerate(("query", "key")):
             place = 2 * i + j
-            panel = sheet[place // 4 * (side + 2) + 2:, place % 4 * (side + 2) + 2:][:side, :side]
-            x1, y1, x2, y2 = (group[name]["boxes"][i] + 16).int().tolist()
+            panel = sheet[place // 4 * (side + 6) + 6:, place % 4 * (side + 6) + 6:][:side, :side]
+            box = group[name]["boxes"][i]
+            x1, y1, x2, y2 = (box * 4).int().tolist()
             for y, x in ((y1, (x1 + x2) // 2), ((y1 + y2) // 2, x1)):
                 assert panel[y, x].tolist() == [255, 30, 30]
-            pure = (panel == [20, 60, 255]).all(axis=2)
-            assert pure.any() == (name == "query")
-            blue += pure.any()
-    assert blue == 6
+            blue = (panel == [20, 60, 255]).all(axis=2)
+            assert blue.any() == (name == "query")
+            lines_of = blue | (panel == [255, 30, 30]).all(axis=2)
+            assert lines_of.mean() < 0.06                   # the picture can be seen
+    anchors = grid_anchors(64)
     assert all((anchors == box).all(dim=1).any() for box in group["query"]["drawn_boxes"])
+
+
+def test_the_pictures_of_composites_are_those_that_the_network_sees(here, photos, tmp_path):
+    here(*SMALL, "--method", "moco", "--bn-group", 6, "--preview", 6, "--out", tmp_path, photos)
+    sheet = np.asarray(Image.open(tmp_path / "composites.png").convert("RGB")).astype(int)
+    args = pretrain.get_args([*SMALL, "--method", "moco", "--out", str(tmp_path / "none"), photos])
+    views, make_group = pretrain.make_data(args, pretrain.find_data(args)[0])
+    order = torch.randperm(40, generator=generator_for(0, "order", 0)).tolist()
+    query = make_group([views[0, 0, 0, index] for index in order[:6]])["query"]
+    seen = pretrain.augment(query, args, "cpu")[0].permute(1, 2, 0).numpy()
+    seen = (seen * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]) * 255
+    drawn = sheet[6:, 6:][:256, :256][2::4, 2::4][1:-1, 1:-1]           # within the red line
+    np.testing.assert_allclose(drawn, seen[1:-1, 1:-1], atol=0.51)
 
 
 def test_bf16_follows_fp32(here, photos, tmp_path):
@@ -409,6 +426,20 @@ def test_defaults_are_the_papers():
     assert (args.weight_decay, args.queue_size, args.ema, args.temperature) == (1e-4, 65536, 0.999, 0.2)
     assert (args.epochs, args.method, args.image_size, args.fg_size) == (200, "insloc", 256, [128, 256])
     assert not args.nesterov and not args.keep_aspect and args.aug_on == "foreground"
+    assert args.roi_size == 14
+
+
+@pytest.mark.parametrize("method, size", [("moco", 224), ("ra", 224), ("cp", 256), ("insloc", 256)])
+def test_the_canvas_of_each_rung(photos, method, size):
+    """MoCo v2's crop for the rungs without pasting; C4 pools 14 x 14 on both canvases."""
+    args = pretrain.get_args(["--arch", "c4", "--method", method, "--nprocs", "1", photos])
+    assert (args.image_size, args.roi_size) == (size, 14)
+    paths = [os.path.join(photos, name) for name in sorted(os.listdir(photos))]
+    views, make_group = pretrain.make_data(args, paths)
+    group = make_group([views[0, 0, 0, index] for index in range(3)])
+    assert group["query"]["images"].shape == group["key"]["images"].shape == (3, 3, size, size)
+    pasted = group["query"]["boxes"]
+    assert pasted.eq(torch.tensor([0.0, 0, size, size])).all() == (method in ("moco", "ra"))
 
 
 class Own(torch.nn.Module):
@@ -569,6 +600,60 @@ def test_other_settings_are_refused_on_resume_and_named(here, base, photos):
     assert before == content(out)
 
 
+def test_more_epochs_than_the_run_had_name_init(here, base, photos):
+    status, _, err = here(*OPTIONS["c4"], "--out", base("c4", 1)[0], "--epochs", 4, "--resume", photos)
+    assert status == 1 and "epochs was 3, is 4; each step's rate depends on --epochs" in err
+    assert "--init" in err and err.count("\n") == 1
+
+
+def test_pictures_added_before_a_resume_are_counted(here, base, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    shutil.copyfile(folder / "000.jpg", folder / "more.jpg")
+    status, _, err = here(*OPTIONS["c4"], "--out", base("c4", 1)[0], "--resume", folder)
+    assert status == 1 and re.search("images was 40 files [0-9a-f]{16}, is 41 files [0-9a-f]{16}\n", err)
+
+
+@pytest.mark.parametrize("fault", ["matplotlib missing", "figure that fails", "tensorboard missing",
+                                   "tensorboard that fails"])
+def test_a_picture_that_cannot_be_drawn_costs_nothing(here, monkeypatch, photos, tmp_path, fault):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to process string with tex because latex could not be found")
+
+    if "missing" in fault:
+        name = "matplotlib.figure" if "matplotlib" in fault else "torch.utils.tensorboard"
+        monkeypatch.setitem(sys.modules, name, None)
+    elif "figure" in fault:
+        monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    else:
+        monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "add_scalar", fail)
+    options = [*SMALL, "--method", "moco", "--epochs", 1, "--save-steps", 2, "--out", tmp_path]
+    status, text, err = here(*options, photos)
+    assert status == 0 and not err and state_of(tmp_path)["step"] == 3
+    assert ("no TensorBoard: " if "tensorboard" in fault else "no loss.png: ") in text
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert os.path.exists(tmp_path / "loss.png") == ("tensorboard" in fault)
+
+
+def test_compiling_without_a_compiler_is_one_line(here, monkeypatch, photos, tmp_path):
+    def compile(*_, **__):
+        def call(x):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO")
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, _, err = here(*SMALL, "--compile", "--out", tmp_path / "out", photos)
+    assert status == 1 and "--compile: torch cannot compile on this machine: InvalidCxxCompiler" in err
+    assert err.count("\n") == 1 and not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_compiling_on_a_machine_without_a_compiler(photos, tmp_path):
+    """The real thing: no c++ on the PATH."""
+    env = {**os.environ, "PATH": "/nowhere", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    _, err = finish(start(*SMALL, "--compile", "--out", tmp_path / "out", photos, env=env), 1)
+    assert "--compile: torch cannot compile on this machine" in err.splitlines()[-1]
+
+
 def test_other_images_are_refused_on_resume(here, base, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     os.rename(folder / "000.jpg", folder / "zzz.jpg")
@@ -635,6 +720,43 @@ def test_data_that_is_no_file(here, tmp_path, kind):
     data = {"device": "/dev/zero", "pipe": tmp_path / "pipe"}[kind]
     status, _, err = here(*SMALL, "--out", tmp_path / "out", data)
     assert status == 1 and err.count("\n") == 1 and "no such file or folder" in err
+
+
+def test_a_list_through_a_shells_pipe(photos, tmp_path):
+    read, write = os.pipe()
+    names = [f"{photos}/{name}\n" for name in sorted(os.listdir(photos))]
+    os.write(write, "".join(names).encode())
+    os.close(write)
+    assert [os.fsdecode(path) + "\n" for path in find(f"/dev/fd/{read}", tmp_path / "out")] == names
+    os.close(read)
+
+
+@pytest.mark.parametrize("kind", ["tar", "gztar", "zip"])
+def test_an_archive_as_data_is_refused_and_not_read(here, monkeypatch, photos, tmp_path, kind):
+    path = shutil.make_archive(tmp_path / "data", kind, photos)
+    with open(path, "ab") as f:
+        f.truncate(2 ** 40)                                 # sparse: to read it all is a MemoryError
+    status, _, err = here(*SMALL, "--out", tmp_path / "out", path)
+    assert status == 1 and "is no text file of paths; if it is an archive, unpack it" in err
+    assert err.count("\n") == 1
+
+
+def test_a_preview_needs_no_batch(here, photos, tmp_path):
+    command = ["--arch", "c4", "--image-size", "64", "--device", "cpu", "--out", tmp_path, photos]
+    status, _, err = here(*command, "--preview", 5)
+    assert status == 0 and os.path.exists(tmp_path / "composites.png"), err
+    status, _, err = here(*command)
+    assert status == 1 and "has 40 images, less than --batch-size 256" in err
+
+
+def test_a_class_named_train_is_refused_with_what_to_give(here, photos, tmp_path):
+    for name in ("train", "val", "Test_2", "bus"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    assert pretrain.choose_split(tmp_path / "data") == str(tmp_path / "data" / "train")     # bus is empty
+    shutil.copyfile(f"{photos}/000.jpg", tmp_path / "data" / "bus" / "1.JPG")
+    status, _, err = here(*SMALL, "--out", tmp_path / "out", tmp_path / "data")
+    assert status == 1 and "holds images in `train` and in 'bus', which is no split" in err
+    assert f"give {tmp_path}/data/train for that alone, or a text file of paths" in err
 
 
 def test_a_train_folder_alone_is_taken(photos, tmp_path, capsys):

@@ -100,7 +100,7 @@ if __name__ == "__main__":
 
 
 def plant(tmp_path, which):
-    """A program that is pretrain.py with a bug, its environment, the line of the bug as tracebacks show it."""
+    """A program that is pretrain.py with a bug, its environment, the bug's line as tracebacks show it."""
     program = tmp_path / "planted.py"
     program.write_text(PLANTED)
     function = {"unpack": "wrong_unpacking", "name": "unknown_name", "path": "other_path"}[which]
@@ -167,7 +167,7 @@ class Broken(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_tells_three_kinds_of_errors(workers):
     def first(index):
-        return next(stage.load(Broken(), [[index]], workers, list, world=(EOFError,)))
+        return next(stage.load(Broken(), [[index]], workers, list, data_errors=(EOFError,)))
 
     assert first(0) == [0]
     with pytest.raises(stage.Refusal, match="^give another$"):
@@ -192,7 +192,7 @@ def test_a_gpu_that_does_not_work_is_one_line(monkeypatch, capsys):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
 
     def no_kernels(*_, **__):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nFor debugging")
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nFor help")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "init", old_driver)
@@ -205,7 +205,7 @@ def test_a_gpu_that_does_not_work_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "zeros", no_kernels)
-    with pytest.raises(stage.Refusal, match="no kernel image is available for execution on the device; --dev"):
+    with pytest.raises(stage.Refusal, match="no kernel image is available for execution on the device; --"):
         stage.check_gpu("cuda:0")
 
 

@@ -11,9 +11,9 @@
     python tools/bench.py parts --arch c4     # the same parts by the clock, on a GPU by torch.profiler, too
     python tools/bench.py gpu [IMAGES]        # `make gpu`: tests, then rows by worth, nine minutes in all
 
-It prints rows of a table, and appends each to --json as a line as soon as it is measured. On a GPU it takes
-the paper's recipe, on the CPU a ResNet-18 at 128 px; --tiny shows only whether it runs. What follows `--` goes
-to pretrain.py. Without IMAGES, pictures are made up. What is compared runs in one process or in turns, and the
+It prints the rows of a table, and appends each to --json as soon as it is measured. On a GPU it takes the
+paper's recipe, on the CPU a ResNet-18 at 128 px; --tiny shows only whether it runs. What follows `--` goes to
+pretrain.py. Without IMAGES, pictures are made up. What is compared runs in one process or in turns, and the
 median is printed. No test asserts a time, since machines differ and are shared.
 """
 import argparse
@@ -378,7 +378,8 @@ def precision(args):
     for name in ("bf16", "fp32"):
         lines = run_program(args, *more, "--precision", name)
         losses[name] = [line["loss"] for line in lines][:10]
-        yield {"row": f"precision {args.arch}, {name}", "steps": args.count, "loss of each tenth": losses[name]}
+        yield {"row": f"precision {args.arch}, {name}", "steps": args.count,
+               "loss of each tenth": losses[name]}
     apart = [abs(half / full - 1) for half, full in zip(losses["bf16"], losses["fp32"])]
     yield {"row": f"precision {args.arch}", "largest difference, %": max(apart) * 100}
 
@@ -511,15 +512,15 @@ def parts(args):
 # ---- All that a GPU has to tell, in nine minutes ----------------------------------------------------------
 
 ROW_SECONDS = 60
-BY_WORTH = ("step --arch c4", "step --arch fpn", "memory", "train --arch c4", "precision --arch c4 --count 40",
-            "parts --arch c4", "parts --arch fpn", "compile --arch c4")
+BY_WORTH = ("step --arch c4", "step --arch fpn", "memory", "train --arch c4",
+            "precision --arch c4 --count 40", "parts --arch c4", "parts --arch fpn", "compile --arch c4")
 
 
-def run_limited(command, seconds, folder):
+def run_limited(command, seconds, folder, stdout=None):
     """Runs a command in the project's folder for at most that long. Returns "done", or how it ended."""
     environment = {**os.environ, "TMPDIR": folder}          # what a killed process leaves goes with `folder`
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", cwd=ROOT,
-                               env=environment, start_new_session=True)
+    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace",
+                               cwd=ROOT, env=environment, start_new_session=True)
     try:
         errors = process.communicate(timeout=seconds)[1].strip()
     except subprocess.TimeoutExpired:
@@ -537,13 +538,15 @@ def gpu(args):
     """The GPU's tests, then rows by worth. What is cut off keeps the rows that it has measured."""
     python = sys.executable
     commands = {"tests": [python, "-m", "pytest", "-q", "tests/test_gpu.py"]}
-    common = [args.images, "--rounds", str(args.rounds)]
+    common = ["--rounds", str(args.rounds)]
     if args.json:
         common += ["--json", os.path.abspath(args.json)]
     if args.tiny:
         common += ["--tiny"]
     for row in BY_WORTH:
-        commands[row] = [python, os.path.abspath(__file__), *row.split(), *common, "--", *args.pretrain]
+        name, *options = row.split()
+        commands[row] = [python, os.path.abspath(__file__), name, os.path.abspath(args.images), *options,
+                         *common, "--", *args.pretrain]
     if importlib.util.find_spec("detectron2"):
         toy.write_world(f"{args.folder}/toy", train=0, val=0)
         overrides = ("SOLVER.MAX_ITER 20 SOLVER.IMS_PER_BATCH 4 TEST.PRECISE_BN.NUM_ITER 5 "
@@ -556,7 +559,10 @@ def gpu(args):
     for name, command in commands.items():
         began = time.monotonic()
         seconds = min(ROW_SECONDS, deadline - began)
-        result = run_limited(command, seconds, args.folder) if seconds > 5 else "no time was left"
+        stdout = subprocess.DEVNULL if name.startswith("finetune") else None        # its result is no measure
+        result = "no time was left"
+        if seconds > 5:
+            result = run_limited(command, seconds, args.folder, stdout)
         yield {"row": f"gpu, {name}", "result": result, "seconds": time.monotonic() - began}
 
 
@@ -571,13 +577,11 @@ def emit(row, path):
             f.write(json.dumps({"machine": machine(), "command": ["bench.py", *sys.argv[1:]], **row}) + "\n")
 
 
-def main():
+def get_args(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    rows = {function.__name__: function
-            for function in (train, loader, step, compile, precision, memory, ranks, kernels, parts, gpu)}
-    add("row", choices=list(rows))
+    add("row", choices=list(ROWS))
     add("images", nargs="?", help="a folder or list of JPEGs, of the size that ImageNet has them")
     add("--arch", choices=["c4", "fpn"], default="c4")
     add("--json", help="append the rows to this file")
@@ -585,18 +589,26 @@ def main():
     add("--count", type=int, help=f"images (loader), groups (memory) or steps (train, precision); {COUNTS}")
     add("--seconds", type=int, default=540, help=f"for all of gpu [540]; a row has {ROW_SECONDS}")
     add("--tiny", action="store_true", help="only see whether it runs")
-    ours = sys.argv[1:]
-    theirs = ours[ours.index("--") + 1:] if "--" in ours else []
-    args = parser.parse_args(ours[:len(ours) - len(theirs)])
-    args.pretrain = theirs
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.pretrain = argv[end + 1:]
     args.count = args.count or (10 if args.tiny else COUNTS.get(args.row))
+    return args
+
+
+ROWS = {function.__name__: function
+        for function in (train, loader, step, compile, precision, memory, ranks, kernels, parts, gpu)}
+
+
+def main():
+    args = get_args(sys.argv[1:])
     with tempfile.TemporaryDirectory() as args.folder:
         if not args.images and args.row in ("train", "loader", "precision", "memory", "ranks", "gpu"):
             args.images = os.path.join(args.folder, "pictures")
             make_up_pictures(args.images, 64 if args.tiny else 1024)
         if args.row == "gpu":
             print("| row | figure | measured |\n|---|---|---|", flush=True)
-        for row in rows[args.row](args):
+        for row in ROWS[args.row](args):
             emit(row, args.json)
 
 

@@ -23,15 +23,19 @@ def pairs(run, knn):
     results = read_json(f"{knn}/results.json")
     trained = results["results"]["given"]["top1"]
     random = results["results"]["random"]["top1"]
+    chance = results["chance"]
+    colours = round(100 / chance)
     return f"""
 The network has learnt from pictures without labels. Look at three things:
-1. {run}/composites.png shows what it had to match: a piece of a picture, pasted at two places on other
-   pictures. The red box is the pasted piece. The network gets the blue box, which is a little off.
-2. {run}/loss.png shows how it learnt. acc_batch is how often a piece is told from {batch - 1} others: in the end
-   {found:.0%} of the time, by guessing {1 / batch:.1%}.
-3. The colours of new pictures, which it was never told. The 20 pictures that the network finds most alike
-   tell the right one of {round(100 / results["chance"])} colours for {trained:.0f} % of them. With a random network it is {random:.0f} %, \
-by guessing {results["chance"]:.0f} %."""
+1. {run}/composites.png shows what it had to match: two crops of a picture, each pasted on another
+   picture. A red box is the pasted crop. In the left one of a pair, the network was given the thick
+   blue box instead.
+2. {run}/loss.png shows how it learnt. acc_batch is how often it told the other crop of a picture
+   from those of {batch - 1} other pictures: {found:.0%} of the time in the end, where guessing gives
+   {1 / batch:.1%}.
+3. It was never told the colour of a picture. The 20 training pictures that it finds most alike name
+   the right one of {colours} colours for {trained:.0f} % of new pictures. A random network reaches
+   {random:.0f} %, and guessing {chance:.0f} %."""
 
 
 def verdict(given, random):
@@ -58,15 +62,17 @@ def detector(given, random):
         each = "".join(f"{value:8.1f}" for value in figures[name])
         rows.append(f"{name:<24}{each:<40}{mean(figures[name]):.1f}")
     last = {
-        "given": "Pre-training helped here, by more than the seeds differ. These are generated pictures and few "
-                 "steps: how much it\nhelps on photographs is another question.",
-        "random": "Here pre-training did harm, by more than the seeds differ. These are generated pictures and "
-                  "few steps.",
-        "": "The seeds differ as much as the two rows do, so this does not show that pre-training helps. It "
-            "shows that the chain\nruns, from pictures to a detector and its AP.",
+        "given": "Pre-training helped here, by more than the seeds differ. How much it helps on photographs\n"
+                 "is another question: these are generated pictures, and few steps.",
+        "random": "Here pre-training did harm, by more than the seeds differ. These are generated pictures,\n"
+                  "and few steps.",
+        "": "This does not show that pre-training helps, since the seeds differ about as much as the rows.\n"
+            "It shows that the chain runs, from pictures without labels to a detector and its AP.",
     }[verdict(*figures.values())]
-    return "\n".join(["", f"Boxes found (AP50, percent) in {given} and {random};", "trial0/detections.png in "
-                      "each shows some, the truth on the left.", *rows, last])
+    look = f"""
+trial0/detections.png in {given} and {random} shows
+boxes that were found, beside the true ones."""
+    return "\n".join([look, *rows, last])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python3.12 tools/install.py .venv
     python3.12 tools/install.py .venv ruff==0.14.0
 
-Of this machine's settings for pip only those count that say where packages come from (SOURCES). A target
-folder, --user or PYTHONPATH does not decide what is in the environment, nor does a torch that the machine has.
+Of this machine's settings for pip only those count that say where packages come from (SOURCES). Neither a
+target folder, --user and PYTHONPATH nor a torch that the machine has decides what is in the environment.
 """
 import ast
 import os
@@ -28,8 +28,8 @@ def check_python(version):
     """Whether this Python was tried. Refuses one that is too old."""
     name = f"{version[0]}.{version[1]}"
     if version[:2] < OLDEST:
-        sys.exit(f"install.py: error: Python 3.11 to 3.13 is needed, this is {name}: name another one, such as "
-                 "make install PYTHON=python3.12")
+        sys.exit(f"install.py: error: Python 3.11 to 3.13 is needed, this is {name}: name another one, such "
+                 "as make install PYTHON=python3.12")
     if version[:2] > NEWEST:
         print(f"NOTE: this was never run on Python {name}, only on 3.11, 3.12 and 3.13.")
     return version[:2] <= NEWEST

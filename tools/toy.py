@@ -185,7 +185,7 @@ def write_voc(out, year, split, pictures, start=0):
 
 
 def write_world(out, seed=0, train=512, val=128, det_train=160, det_val=60):
-    """All three layouts. The first of the seeds of a picture is `seed`, the second one tells the sets apart."""
+    """All three layouts. A picture's seeds are `seed`, the number of its set and its own number."""
     for number, split, count in ((0, "train", train), (1, "val", val)):
         for i in range(count):
             image, [(label, _)] = draw((seed, number, i), (140, 280), (0.28, 0.46), (1, 1))
