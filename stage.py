@@ -21,6 +21,7 @@ import logging
 import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -379,6 +380,9 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
         except (OSError, EOFError, RuntimeError) as error:
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
+            end_workers()
+            with contextlib.suppress(OSError):      # Python removes it in the end, and complains if it is gone
+                os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
             raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
                           "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
                           "TMPDIR must last as long as the run") from error

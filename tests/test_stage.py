@@ -456,6 +456,19 @@ def test_a_dead_loader_worker_ends_the_run_with_the_same_line_and_what_is_traine
     assert "DataLoader worker" in line and "--shm-size" in line and "--resume goes on" in line
 
 
+def test_a_cleaner_of_tmp_costs_no_step(photos, tmp_path):
+    """It takes the folder of the sockets through which workers hand over tensors."""
+    (tmp_path / "tmp").mkdir()
+    process = start(*RUN, "--method", "moco", "--workers", 1, "--out", tmp_path / "out", "--epochs", 1000,
+                    "--save-steps", 10000, photos, env={**ENV, "TMPDIR": str(tmp_path / "tmp")})
+    wait_for_step(process, tmp_path / "out", 2)
+    for folder in (tmp_path / "tmp").glob("pymp-*"):
+        shutil.rmtree(folder)
+    _, err = finish(process, status=1)
+    step = int(re.search(r"loading step (\d+): ", one_line(err))[1])
+    assert "TMPDIR must last" in err and state_of(tmp_path / "out")["step"] == step - 1
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(photos, tmp_path):
     process = start(*RUN, "--workers", 2, "--out", tmp_path, "--epochs", 1000, photos, env=ENV)
