@@ -24,11 +24,11 @@ from torchvision.ops import box_iou
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import probe_box  # noqa: E402
 import probe_loc  # noqa: E402
-import stage  # noqa: E402
-from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, MakeGroup, Views, choose_backgrounds,  # noqa: E402
-                    crop_box, generator_for, grid_anchors, paste, photometric, read_image)
-from weights import random_weights, read_weights  # noqa: E402
+from insloc import (C4Encoder, MakeGroup, Views, choose_backgrounds, crop_box, generator_for,  # noqa: E402
+                    grid_anchors, paste, photometric, read_image)
+from weights import Pixels, load_trunk, random_weights, read_weights  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -288,17 +288,16 @@ def swap_composites(size):
     return torch.stack([composite for composite, _ in pasted]), torch.stack([box for _, box in pasted])
 
 
-def pixel_energy(weights, images, boxes, directions=64):
-    """How much the box's feature depends on each pixel, (N, S, S): |d feature / d pixel|^2 on average."""
+def energy_of(weights, images, boxes, directions=16):
+    """How much the box's feature depends on each pixel, (N, S, S), as probe_box.py measures it."""
     net = C4Encoder(weights.resnet, roi_size=images.shape[2] // 16).eval().requires_grad_(False)
-    net.resnet.load_state_dict(weights.backbone)
-    mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
-    x = ((images / 255 - mean) / std).requires_grad_()
-    features = net.features(x, boxes)[:, 0]
+    load_trunk(net.resnet, weights)
+    x = Pixels(weights)(images).requires_grad_()
     energy = 0
-    for direction in torch.randn(directions, *features.shape, generator=generator_for(0, "directions")):
-        gradient, = torch.autograd.grad((features * direction).sum(), x, retain_graph=True)
-        energy = energy + gradient.square().sum(dim=1)
+    for t in range(directions):
+        features = net.features(x, boxes)[:, 0]
+        seeds = [("draw", t, i) for i in range(len(images))]
+        energy = energy + probe_box.pixel_energy(features, x, seeds)
     return energy
 
 
@@ -321,7 +320,7 @@ def draw_swap(runs, out, size):
     for row in range(2):
         panel(row, 0, images[row].permute(1, 2, 0), "the cat, twice")
     for column, (name, weights) in enumerate(found.items(), 1):
-        energy = pixel_energy(weights, images, boxes)
+        energy = energy_of(weights, images, boxes)
         blurred = F.avg_pool2d(energy[:, None], 4)[:, 0]            # strides leave a pattern of squares
         for row in range(2):
             panel(row, column, blurred[row].sqrt(), name, cmap="gray", vmin=0)
