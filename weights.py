@@ -262,7 +262,7 @@ def check_input(words, given):
     if given:
         return f"; --input {given} was given, but it, or a configuration beside it, says {against}"
     fits = set(INPUTS).intersection(*said.values())
-    advice = f"--input {min(fits)} takes it" if fits else "no --input is that, but one that is given holds"
+    advice = f"--input {min(fits)} takes it" if fits else "no --input is that, yet one that is given holds"
     raise ValueError(f"it, or a configuration beside it, says {against}: {advice}")
 
 
@@ -328,7 +328,12 @@ def trunk_at(place, tensors):
             return resnet, net.state_dict()
         except RuntimeError as error:
             faults.append(f"{resnet} at {place!r}: {' '.join(str(error).split())}")
-    raise NotWhole(min(faults, key=lambda text: text.count('"') + 2 * text.count("size mismatch")))
+    raise NotWhole(min(faults, key=count_faults))
+
+
+def count_faults(text):
+    """Returns how many layers load_state_dict's message names: in quotation marks, or as a mismatch."""
+    return text.count('"') + 2 * text.count("size mismatch")
 
 
 def choose_place(tensors, prefix):
@@ -345,7 +350,7 @@ def choose_place(tensors, prefix):
             faults.append(str(error))
     if not found:
         names = ", ".join(list(tensors)[:3]) or "no tensors (NumPy's arrays need --trust)"
-        nearest = min(faults, key=lambda text: text.count('"'), default=f"none, it has {names}")[:300]
+        nearest = min(faults, key=count_faults, default=f"none, it has {names}")[:300]
         raise ValueError(f"no whole ResNet with torchvision's stem and blocks{remark}; nearest: {nearest}")
     place, resnet, trunk = found[0]
     for other, _, twin in found[1:]:

@@ -352,7 +352,7 @@ def test_defaults_are_mocos():
     """MoCo's linear protocol: 100 epochs of 256 images, rate 30, 224 pixels."""
     args = probe_cls.get_args(["w", "d"])
     assert (args.epochs, args.batch_size, args.lr, args.image_size) == (100, 256, 30.0, 224)
-    assert (args.resnet, args.precision, args.input, args.knn) == ("resnet50", "fp32", "imagenet", 0)
+    assert (args.resnet, args.precision, args.input, args.knn) == ("resnet50", "fp32", None, 0)
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 290), (224, 224), (100, 399)])
