@@ -33,7 +33,7 @@ import stage
 from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, MakeGroup, TooFewImages,
                     Unreadable, Views, batches, generator_for, info_nce, momentum_update, photometric)
 from stage import say
-from weights import read_weights
+from weights import RESNETS, read_weights
 
 RUN_FILES = ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth")
 # These may differ between a run and its continuation, since they change nothing of what is computed.
@@ -56,8 +56,8 @@ def get_args(argv=None):
     add("--method", choices=["moco", "ra", "cp", "insloc"], default="insloc", help="Table 3b's ladder: MoCo "
         "v2; with RoIAlign (C4 with a --roi-size of image_size / 16: moco again); with copy-paste; with box "
         "jitter = InsLoc [paper 5.2]")
-    add("--resnet", choices=["narrow18", *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))],
-        default="resnet50", help="trunk; narrow18 is for small studies on a CPU [paper 4.3]")
+    add("--resnet", choices=RESNETS, default="resnet50", help="trunk; the narrow ones are for small studies "
+        "on a CPU [paper 4.3]")
     add("--epochs", type=int, default=200, help="200, or 400 [paper 5]")
     add("--batch-size", type=int, default=256, help="images a step, all processes together [paper 5: 8 x 32]")
     add("--bn-group", type=int, default=32, help="images that share BatchNorm statistics; below 8 these are "

@@ -11,10 +11,10 @@ trained. swap.png shows on which pixels the feature depends.
 
 `loose`: a detector does not know the true box, and its head does two things with the feature of a loose one.
 A linear layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU
-> .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that was
-trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the offsets
-does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them without
-any picture, so the part that features explain beyond the corners is given, too. loose.png shows corrections.
+> .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that
+was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the
+offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them
+without any picture, so what the features explain beyond the corners is given, too. loose.png shows examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """
@@ -74,14 +74,11 @@ def get_args(argv=None):
 def find_data(args):
     """The splits train and val of DATA, those of --boxes (none without it), and a digest of all."""
     train, val, digest = stage.find_splits(args)
-    images = [with_folders(train, os.path.join(args.data, "train", "")),
-              with_folders(val, os.path.join(args.data, "val", ""))]
-    classes = [{folder for _, folder in split} for split in images]
-    if classes[0] != classes[1]:                                        # the folders are no classes
-        images = [[(path, "") for path in paths] for paths in (train, val)]
-    boxes = []
+    images = (with_folders(train, os.path.join(args.data, "train", "")),
+              with_folders(val, os.path.join(args.data, "val", "")))
+    boxes = ()
     if args.boxes:
-        boxes = [read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:])]
+        boxes = (read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:]))
         content = [entry[1:] for entry in boxes[0] + boxes[1]]
         digest = stage.digest([digest.encode(), repr(content).encode()])
     return images, boxes, digest
@@ -106,8 +103,8 @@ def read_boxes(json_path, folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
-    if len(boxes) < 20:
-        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 20 are needed, some hundreds wanted")
+    if len(boxes) < 10:
+        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 10 are needed, some hundreds wanted")
     return boxes
 
 
@@ -145,7 +142,10 @@ class Composites(torch.utils.data.Dataset):
 
 
 class Photographs(torch.utils.data.Dataset):
-    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), of which 0 is the real one."""
+    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), box 0 the real one.
+
+    Each box decodes its photograph anew.
+    """
 
     def __init__(self, entries, size, seed):
         self.entries, self.size, self.seed = entries, size, seed
@@ -306,6 +306,13 @@ def explained(y, guess):
     return (1 - rest / (y - y.mean(dim=0)).square().sum(dim=0)).mean().item()
 
 
+def loose_rows(features, boxes, size):
+    """Features (N, M, D), boxes (N, M, 4) -> of all loose boxes: features, corner terms, offsets, float64."""
+    offsets = offsets_between(boxes[:, 1:], boxes[:, :1])
+    terms = corner_terms(boxes[:, 1:], size)
+    return features[:, 1:].double().flatten(0, 1), terms.flatten(0, 1), offsets.flatten(0, 1)
+
+
 def offset_scores(train, val, size):
     """What explains the offsets from loose boxes to the pasted ones (R2), and the layer that reads them.
 
@@ -313,9 +320,8 @@ def offset_scores(train, val, size):
     of the loose boxes; by the features beyond the corners, when what these explain is taken out of both.
     """
     held_out = max(1, len(train[0]) // 10) * LOOSE
-    x_train, x = [features[:, 1:].flatten(0, 1).double() for features, _ in (train, val)]
-    y_train, y = [offsets_between(boxes[:, 1:], boxes[:, :1]).flatten(0, 1) for _, boxes in (train, val)]
-    terms_train, terms = [corner_terms(boxes[:, 1:], size).flatten(0, 1) for _, boxes in (train, val)]
+    x_train, terms_train, y_train = loose_rows(*train, size)
+    x, terms, y = loose_rows(*val, size)
     layer = ridge(x_train, y_train, held_out)
     by_corners = ridge(terms_train, y_train, held_out)
     of_features = ridge(terms_train, x_train, held_out)
@@ -329,30 +335,31 @@ def offset_scores(train, val, size):
 def class_scores(train_features, train_classes, features, classes):
     """Top-1 in %, of pasted boxes and of loose ones, of a layer that was trained on pasted boxes.
 
-    Features (N, M, D), lists of N classes. Chance is the largest class's share. {} where there is one class.
+    Features (N, M, D), lists of N classes. Chance is the largest class's share. {} unless train and val share
+    two classes.
     """
-    names = sorted({*train_classes, *classes})
-    if len(names) < 2:
+    if len({*train_classes} & {*classes}) < 2:
         return {}
-    targets = F.one_hot(torch.tensor([names.index(name) for name in train_classes]), len(names))
-    layer = ridge(train_features[:, 0].double(), targets.double(), max(1, len(targets) // 10))
-    wanted = torch.tensor([names.index(name) for name in classes])
+    names = sorted({*train_classes, *classes})
+    train_wanted = torch.tensor(list(map(names.index, train_classes)))
+    wanted = torch.tensor(list(map(names.index, classes)))
+    targets = F.one_hot(train_wanted, len(names)).double()
+    layer = ridge(train_features[:, 0].double(), targets, max(1, len(targets) // 10))
     right = (layer(features.double()).argmax(dim=2) == wanted[:, None]).double()                 # (N, M)
     return {"class_pasted": 100 * right[:, 0].mean().item(), "class_loose": 100 * right[:, 1:].mean().item(),
             "class_chance": 100 * wanted.bincount().max().item() / len(wanted)}
 
 
-def draw_loose(lines, dataset, path):
-    """A row for each line: pictures with their box in green, a loose one in red, its correction in yellow."""
+def draw_loose(examples, dataset, path):
+    """A row for each net: pictures with their box in green, a loose one in red, its correction in yellow."""
     cells = []
-    for line in lines:
-        for item, *corners in line["examples"]:
-            image = dataset[item][0]
-            factor = max(1, 224 // image.shape[1])
-            image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-            boxes = (factor * torch.tensor(corners)).clamp(0, image.shape[1] - 1)
-            cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
-    save_image(cells, path, nrow=len(lines[0]["examples"]))
+    for item, *corners in sum(examples, []):
+        image = dataset[item][0]
+        factor = max(1, 224 // image.shape[1])
+        image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+        boxes = (factor * torch.tensor(corners)).clamp(0, image.shape[1] - 1)
+        cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
+    save_image(cells, path, nrow=len(examples[0]))
 
 
 def main(rank, device, args, images, real, data_digest):
@@ -393,7 +400,7 @@ def main(rank, device, args, images, real, data_digest):
     def features_of(net, x, boxes):
         """A net's input (n, 3, S, S), boxes (n, M, 4) -> RoI features (n, M, D), float32."""
         with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-            features = net.features(x, boxes)                                                   # (n * M, L, D)
+            features = net.features(x, boxes)                                           # (n * M, levels, D)
         return features.float().unflatten(0, boxes.shape[:2]).flatten(2)
 
     def gather(parts):
@@ -428,14 +435,15 @@ def main(rank, device, args, images, real, data_digest):
             parts.append(features_of(net, x, boxes))
             box_parts.append(boxes)
         features, boxes = gather(parts), gather(box_parts)
-        iou = torch.stack([box_iou(of_picture[:1], of_picture[1:2]) for of_picture in boxes]).flatten()
+        iou = box_iou(boxes[:, 0], boxes[:, 1]).diagonal()
         items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
-        if len(items) < 20:
-            stage.leave("fewer than 20 boxes of a split have an anchor with IoU > .5")
-        return features[items], boxes[items], [dataset.classes[item] for item in items], items
+        if len(items) < 10:
+            stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
+        classes = [dataset.classes[item] for item in items]
+        return features[items], boxes[items], classes, items.tolist()
 
     def loose(net, train, val):
-        """The figures of `loose` and `boxes`, and eight examples: item, its box, a loose one, its correction."""
+        """The figures of `loose`, `boxes`, and eight examples: item, its box, a loose one, its correction."""
         train_features, train_boxes, train_classes, _ = encode(net, train)
         features, boxes, classes, items = encode(net, val)
         own = features[:, :1] - features[:, :1].mean(dim=0)
@@ -445,7 +453,7 @@ def main(rank, device, args, images, real, data_digest):
         layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), args.image_size)
         corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
         corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
-        examples = [[item, *of_item] for item, of_item in zip(items.tolist(), corners)]
+        examples = [[item, *of_item] for item, of_item in zip(items, corners)]
         return {"cosine": cosine, **by_class, **by_offset, "pictures": len(items),
                 "left_out": len(val) - len(items), "examples": examples}
 
@@ -455,8 +463,10 @@ def main(rank, device, args, images, real, data_digest):
         estimated = copy.deepcopy(nets["random"])
         batches = load(data["loose"][0], torch.arange(min(1024, len(data["loose"][0]))))
         estimate_batchnorm(estimated, ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
-        given = {name: net for name, net in nets.items() if name == "given"}
-        nets_of["loose"] = nets_of["boxes"] = {"random_bn": estimated, **given}
+        nets_of["loose"] = {"random_bn": estimated}
+        if "given" in nets:
+            nets_of["loose"]["given"] = nets["given"]
+        nets_of["boxes"] = nets_of["loose"]
 
     found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
     for protocol in args.protocol:
@@ -477,11 +487,13 @@ def main(rank, device, args, images, real, data_digest):
     stage.write_results(args, settings, nets, {"lines": lines, "sources": sources})
     if rank == 0:
         for protocol in args.protocol:
-            path = os.path.join(args.out, f"{protocol}.png")
+            name = f"{protocol}.png"
+            what = (data[protocol][1], os.path.join(args.out, name))
             if protocol == "swap":
-                draw_swap(nets, data["swap"][1], path)
+                stage.attempt(name, draw_swap, nets, *what)
             else:
-                draw_loose([line for line in lines if line["protocol"] == protocol], data[protocol][1], path)
+                examples = [found[protocol, net]["examples"] for net in nets_of[protocol]]
+                stage.attempt(name, draw_loose, examples, *what)
     stage.say(f"chance is 0 for cosines and offsets; wrote {args.out}/results.json")
 
 

@@ -4,10 +4,10 @@
     python probe_cls.py runs/insloc_c4 /data/imagenet --knn 20        # in minutes, to watch a run
 
 The trunk is read as a plain ResNet, by the mean over its last map: C4's RoI head (res5) stands behind res4,
-and an FPN is read at C5. The paper gives accuracies and no recipe, so a linear layer is trained by MoCo's. The
-net stays in eval mode and is compared at the end, bit for bit, with the one that came in. k-NN reads a random
-net, too. The linear layer does not, since that would double the time: give `random` for WEIGHTS, with a lower
---lr.
+and an FPN is read at C5. The paper gives accuracies and no recipe, so a linear layer is trained by MoCo's.
+The net stays in eval mode and is compared at the end, bit for bit, with the one that came in. k-NN reads a
+random net, too. The linear layer does not, since that would double the time: give `random` for WEIGHTS, and
+a lower --lr.
 """
 import argparse
 import math

@@ -618,7 +618,7 @@ def digest_of(nets):
 
 
 def write_results(args, settings, nets, results):
-    """Writes the dict `results` and a probe's settings to results.json, if its networks are still the same."""
+    """Writes `results`, a dict, and a probe's settings to results.json, if its nets are still the same."""
     if digest_of(nets) != settings["nets"]:
         raise Refusal("a frozen net has changed: the results are void")
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -352,7 +352,7 @@ def test_defaults_are_mocos():
     """MoCo's linear protocol: 100 epochs of 256 images, rate 30, 224 pixels."""
     args = probe_cls.get_args(["w", "d"])
     assert (args.epochs, args.batch_size, args.lr, args.image_size) == (100, 256, 30.0, 224)
-    assert (args.resnet, args.precision, args.input, args.knn) == ("resnet50", "fp32", None, 0)
+    assert (args.resnet, args.precision, args.knn) == ("resnet50", "fp32", 0)
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 290), (224, 224), (100, 399)])
@@ -511,7 +511,8 @@ def test_a_caffe_net_strides_in_its_1x1():
 
 def test_files_that_show_caffes_pixels_are_refused_without_input(few, tmp_path, refusal):
     torch.save(insloc.make_resnet("resnet18").state_dict(), tmp_path / "resnet18_caffe.pth")
-    assert "--input caffe" in refusal(probe_cls, tmp_path / "resnet18_caffe.pth", few, "--out", tmp_path / "out")
+    argv = [tmp_path / "resnet18_caffe.pth", few, "--out", tmp_path / "out"]
+    assert "--input caffe" in refusal(probe_cls, *argv)
 
 
 # ---- The frozen net --------------------------------------------------------------------------------------
@@ -719,6 +720,17 @@ def test_an_image_that_does_not_open_is_named(script, more, workers, own, tmp_pa
     bad.write_bytes(bad.read_bytes()[:100])
     line = refusal(script, *NARROW, own, *more, "--workers", workers, "--out", tmp_path / "out")
     assert f"{bad} cannot be read" in line and not os.path.exists(tmp_path / "out" / "results.json")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@SHORT
+def test_a_bug_in_reading_keeps_its_traceback(script, more, workers, few, tmp_path, monkeypatch):
+    def planted(path):
+        return name_that_is_not_there                                                       # noqa: F821
+
+    monkeypatch.setattr(weights, "read_image", planted)
+    with pytest.raises(NameError, match="name_that_is_not_there"):
+        probe(script, *NARROW, few, *more, "--workers", workers, "--out", tmp_path)
 
 
 @pytest.mark.slow
