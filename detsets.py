@@ -133,10 +133,10 @@ def mend_box(entry, image, corners):
     except ValueError:
         entry["area"] = (x2 - x1) * (y2 - y1)
     if x2 <= x1 or y2 <= y1:
-        return "have no area in their picture: nothing trains on them or finds them"
+        return "boxes have no area in their picture: nothing trains on them or finds them"
     if corners:
-        return "have a bbox of corners x1 y1 x2 y2, as some would leave their picture otherwise: taken so"
-    return "leave their picture: cut at its border" if leaves else None
+        return "boxes have a bbox of corners x1 y1 x2 y2, or some would leave their picture: taken so"
+    return "boxes leave their picture: cut at its border" if leaves else None
 
 
 def run_lengths(text):
@@ -154,7 +154,7 @@ def run_lengths(text):
 
 
 def mend_mask(mask, box, image):
-    """A mask that detectron2 and pycocotools can read, or None; and what is said of it, or None."""
+    """A mask of a box x y w h in a form that detectron2 reads, or None; and what is said of it, or None."""
     said, polygons = None, []
     if isinstance(mask, dict):
         size, counts = [number(side, "size") for side in mask["size"]], mask["counts"]
@@ -164,7 +164,7 @@ def mend_mask(mask, box, image):
             lengths = run_lengths(counts)
         if size != [image["height"], image["width"]] or sum(lengths) != math.prod(size) or min(lengths) < 0:
             # pycocotools would never return, or decode memory that nobody wrote.
-            return None, "have a run-length mask that does not fill height x width of its picture"
+            return None, "boxes have a run-length mask that does not fill height x width of its picture"
         return {"size": size, "counts": counts}, None
     if mask and (not isinstance(mask[0], list) or len(mask[0]) == 2):
         mask = [mask]                                               # one polygon, or its points in pairs
@@ -173,9 +173,9 @@ def mend_mask(mask, box, image):
         if len(points) == 4:
             x1, y1, x2, y2 = points
             points = [x1, y1, x2, y1, x2, y2, x1, y2]
-            said = "have a polygon of two corners: taken as a rectangle"
+            said = "boxes have a polygon of two corners: taken as a rectangle"
         if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
-            said = "have a polygon that is none, of fewer than three corners: left out"
+            said = "boxes have a polygon that is none, of fewer than three corners: left out"
         else:
             polygons.append(polygon if polygon == points else points)
     if not polygons:
@@ -183,7 +183,7 @@ def mend_mask(mask, box, image):
     points = np.concatenate(polygons).reshape(-1, 2)
     middle = (points.min(axis=0) + points.max(axis=0)) / 2 - box[:2]
     if (middle < -2).any() or (middle > np.add(box[2:], 2)).any():
-        return None, "have polygons that lie outside of the box"
+        return None, "boxes have polygons that lie outside of the box"
     return polygons, said
 
 
@@ -203,9 +203,28 @@ def mend_masks(entries, images, said):
             without.append(image["file_name"])
         entry["segmentation"] = mask
     if without:
-        said["have no mask that can be used: masks are left out, boxes alone are trained"] = without
+        said["boxes have no mask that can be used: masks are left out, boxes alone are trained"] = without
         for entry in entries:
             del entry["segmentation"]
+
+
+def mend_boxes(entries, images, said):
+    """Mends boxes and crowds of annotations in place. ValueError if all boxes are shares of their picture."""
+    if entries and all(max(entry["bbox"]) <= 1 for entry in entries):
+        raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
+                         "file; COCO's is x, y, width, height in pixels")
+    corners = are_corners(entries, images)
+    only_crowds = all(entry["iscrowd"] for entry in entries)
+    for entry in entries:
+        name = images[entry["image_id"]]["file_name"]
+        fault = mend_box(entry, images[entry["image_id"]], corners)
+        if fault:
+            said[fault].append(name)
+        if only_crowds:                             # CVAT and datumaro write it beside every run-length mask
+            entry["iscrowd"] = 0
+            said["boxes are crowds (iscrowd 1) like all of this file: taken as things"].append(name)
+        elif entry["iscrowd"]:
+            said["boxes are crowds (iscrowd 1): nothing trains on them or counts them"].append(name)
 
 
 def mend(content, folder, masks, tenth, said):
@@ -213,55 +232,43 @@ def mend(content, folder, masks, tenth, said):
 
     masks: whether they are used. tenth: of the images, Mini-COCO. said: {what some boxes have: their places}.
     """
-    images, entries = {}, []
-    categories = [{**entry, "id": identity(entry["id"], "id"), "name": str(entry["name"])}
-                  for entry in content["categories"]]
+    images, entries, categories = {}, [], {}
+    for entry in content["categories"]:
+        key = identity(entry["id"], "id of a category")
+        categories[key] = {**entry, "id": key, "name": str(entry["name"])}
     for i, entry in enumerate(content["images"]):
         with reading(f"images[{i}] {entry.get('file_name')}"):
-            entry = {**entry, "id": identity(entry["id"], "id")}
-            if entry["id"] in images:
+            key = identity(entry["id"], "id")
+            if key in images:
                 raise ValueError("another image has the same id: renumber")
-            images[entry["id"]] = entry
-    category_ids = {entry["id"] for entry in categories}
+            images[key] = {**entry, "id": key}
     for i, entry in enumerate(content["annotations"]):
         with reading(f"annotations[{i}]"):
-            entry = mend_numbers(entry, category_ids)
+            entry = mend_numbers(entry, categories)
         if entry["image_id"] in images:
             entries.append(entry)
         else:
-            said["have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
+            said["boxes have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
+    order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))
     if tenth:                                       # the paper's list is not public
-        order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))
         kept = set(order[:max(1, len(images) // 10)].tolist())
-        images = {image_id: image for image_id, image in images.items() if image_id in kept}
+        images = {key: image for key, image in images.items() if key in kept}
         entries = [entry for entry in entries if entry["image_id"] in kept]
-    for image_id, image in images.items():
+    for key, image in images.items():
         with reading(os.path.join(folder, image["file_name"])):
-            images[image_id] = mend_image(image, folder)
-
-    if all(max(entry["bbox"]) <= 1 for entry in entries) and entries:
-        raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in "
-                         "this file; COCO's is x, y, width, height in pixels")
-    corners, only_crowds = are_corners(entries, images), all(entry["iscrowd"] for entry in entries)
-    for entry in entries:
-        image = images[entry["image_id"]]
-        fault = mend_box(entry, image, corners)
-        if fault:
-            said[fault].append(image["file_name"])
-        if only_crowds:                             # CVAT and datumaro write it beside every run-length mask
-            entry["iscrowd"] = 0
-            said["are crowds (iscrowd 1) like all of this file: taken as things"].append(image["file_name"])
-        elif entry["iscrowd"]:
-            said["are crowds (iscrowd 1): nothing trains on them or counts them"].append(image["file_name"])
-        if not masks:
-            entry.pop("segmentation", None)
+            images[key] = mend_image(image, folder)
+    mend_boxes(entries, images, said)
     if masks:
         mend_masks(entries, images, said)
     ids = {entry.get("id") for entry in entries}
-    if len(ids) < len(entries) or not all(type(x) is int and x > 0 for x in ids):
-        for i, entry in enumerate(entries, start=1):
+    renumber = len(ids) < len(entries) or not all(type(key) is int and key > 0 for key in ids)
+    for i, entry in enumerate(entries, start=1):
+        if renumber:
             entry["id"] = i                         # COCO's evaluation takes 0 for unmatched
-    return {**content, "images": list(images.values()), "annotations": entries, "categories": categories}
+        if not masks:
+            entry.pop("segmentation", None)
+    return {**content, "images": [*images.values()], "annotations": entries,
+            "categories": [*categories.values()]}
 
 
 def match_classes(content, training):
@@ -281,11 +288,15 @@ def match_classes(content, training):
 def read_voc(folder, split, classes, said):
     """A split of a VOC tree as COCO's json; an image's id is its place in the list, so any name will do."""
     images, entries = [], []
-    lines = Path(folder, "ImageSets", "Main", f"{split}.txt").read_text().splitlines()
+    lines = Path(folder, "ImageSets", "Main", f"{split}.txt").read_text(encoding="utf-8-sig").splitlines()
     for name in filter(None, map(str.strip, lines)):
         path = Path(folder, "Annotations", f"{name}.xml")
         with reading(path):
-            tree = xml.etree.ElementTree.parse(path)
+            if path.exists():
+                tree = xml.etree.ElementTree.parse(path)
+            else:                                                   # datumaro writes none without a box
+                tree = xml.etree.ElementTree.Element("annotation")
+                said["pictures have no xml file: taken as pictures without a box"].append(path.name)
             image = {side: tree.findtext(f"size/{side}") for side in ("width", "height")}
             image.update(id=len(images) + 1, file_name=f"{name}.jpg")
             if not Path(folder, "JPEGImages", image["file_name"]).exists() and tree.findtext("filename"):
@@ -299,7 +310,7 @@ def read_voc(folder, split, classes, said):
                            for key in ("xmin", "ymin", "xmax", "ymax")]
                 x1, y1, x2, y2 = map(round, corners)                # counted from 1, both ends included
                 if [x1, y1, x2, y2] != corners:
-                    said["have corners that are no whole numbers: rounded"].append(path.name)
+                    said["boxes have corners that are no whole numbers: rounded"].append(path.name)
                 entries.append({"id": len(entries) + 1, "image_id": image["id"], "iscrowd": 0,
                                 "category_id": classes.index(label) + 1,
                                 "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
@@ -356,7 +367,7 @@ def mend_set(args, name, folder, labels, training, said):
         match_classes(content, training or content["categories"])
         write_voc(content, copy.removesuffix(".json"))
     else:
-        before = json.loads(Path(labels).read_text())
+        before = json.loads(Path(labels).read_bytes())
         content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
         match_classes(content, training or content["categories"])
         if content == before:                                       # COCO itself: nothing had to change
@@ -381,8 +392,8 @@ def load_data(args):
             content, labels, folder = mend_set(args, name, folder, labels, categories, said)
             images, boxes = content["images"], content["annotations"]
             for fault, places in said.items():
-                data.notes.append(f"{data.source}: {len(places)} of {len(boxes)} boxes {fault} "
-                                  f"(first: {places[0]})")
+                total = len(images if fault.startswith("pictures") else boxes)
+                data.notes.append(f"{data.source}: {len(places)} of {total} {fault} (first: {places[0]})")
                 stage.say(data.notes[-1])
             if not boxes:
                 raise ValueError("it has no box")

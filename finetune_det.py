@@ -68,7 +68,7 @@ PROTOCOLS = {
 # What no pre-training has: RPN 6 tensors, predictor 4, extra norm 5, mask head 4 (C4) or 28 (FPN).
 NEW_PARTS = ("proposal_generator.rpn_head.", "roi_heads.box_predictor.", "roi_heads.mask_head.",
              "roi_heads.res5.norm.", "roi_heads.box_head.fc_extra_norm.")
-# Keys that change nothing of what is learnt: they may differ from the paper, and when a run is resumed.
+# Keys that change nothing of what is learnt: they may differ from the protocol, and in a resumed run.
 FREE = {"MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"}
 # Keys for which this program has arguments of its own.
 RESERVED = {"SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"}
@@ -530,7 +530,8 @@ def main(rank, device, args):
         stage.check_ranks({f"trial {trial}": (last, done.exists())})
         if done.exists() and not args.eval_only:
             stage.say(f"trial {trial}: done before")
-            trials.append(json.loads(done.read_text()))
+            with reading(done):
+                trials.append(json.loads(done.read_text()))
             continue
         stage.say(f"trial {trial}: seed {cfg.SEED}")
         model, metrics = evaluate(cfg) if args.eval_only else train(cfg, weights, arch, last)

@@ -373,9 +373,10 @@ def test_a_polygon_of_two_corners_is_a_rectangle(world, tmp_path):
     assert found.pred_masks[0].sum() == pytest.approx(float(found.pred_boxes.area()[0]), rel=0.1)
 
 
-@pytest.mark.parametrize("form", [lambda polygon: polygon, lambda polygon: np.reshape(polygon, (-1, 2)).tolist(),
-                                  lambda polygon: [np.reshape(polygon, (-1, 2)).tolist()],
-                                  lambda polygon: [list(map(str, polygon))]])
+@pytest.mark.parametrize("form", [
+    lambda polygon: polygon, lambda polygon: [list(map(str, polygon))],
+    lambda polygon: np.reshape(polygon, (-1, 2)).tolist(),
+    lambda polygon: [np.reshape(polygon, (-1, 2)).tolist()]])
 def test_other_ways_to_write_a_polygon(form, world, tmp_path):
     def edit(content):
         for box in content["annotations"]:
@@ -571,8 +572,8 @@ def voc_tree(world, out, list_edit=None, xml_edit=None, name="500001"):
 
 
 @pytest.mark.parametrize("list_edit, said", [
-    (lambda text: text + "my picture\n", "my picture.xml: "), (lambda text: text + "a#1\n", "a#1.xml: "),
-    (lambda text: "", "no box"), (lambda text: text + "absent\n", "absent.xml: ")])
+    (lambda text: text + "my picture\n", "/my picture.jpg: "), (lambda text: text + "a#1\n", "/a#1.jpg: "),
+    (lambda text: "", "it has no box"), (lambda text: text + "absent\n", "/absent.jpg: ")])
 def test_voc_lists_that_name_what_is_not_there(list_edit, said, world, tmp_path):
     line = refused(voc_tree(world, tmp_path, list_edit))
     assert said in line and "VOC2007" in line
@@ -583,6 +584,15 @@ def test_voc_lists_that_name_what_is_not_there(list_edit, said, world, tmp_path)
 def test_voc_lists_of_other_forms(list_edit, world, tmp_path):
     data, _, notes = rehearsed(voc_tree(world, tmp_path, list_edit))
     assert data.notes == [] and all("classes have no box" in note for note in notes)
+
+
+def test_a_picture_without_an_xml_file_is_one_without_a_box(world, tmp_path):
+    args = voc_tree(world, tmp_path)
+    os.remove(tmp_path / "VOC2007" / "Annotations" / "500001.xml")
+    data, _, notes = rehearsed(args)
+    assert notes == [] and len(data.notes) == 1
+    assert "1 of 8 pictures have no xml file" in data.notes[0] and "500001.xml" in data.notes[0]
+    assert DatasetCatalog.get("voc2007_test")[1]["annotations"] == []
 
 
 def test_names_with_spaces_and_other_endings(world, tmp_path):
@@ -613,7 +623,8 @@ def test_xml_files_are_named(name, pattern, new, said, world, tmp_path):
 def test_xml_files_of_other_forms(pattern, new, world, tmp_path):
     loaded(voc_args(world, tmp_path / "plain"))
     before = boxes_of("voc2007_trainval")
-    data, _, notes = rehearsed(voc_tree(world, tmp_path, None, lambda text: re.sub(pattern, new, text), "000001"))
+    args = voc_tree(world, tmp_path, None, lambda text: re.sub(pattern, new, text), "000001")
+    data, _, notes = rehearsed(args)
     assert notes == data.notes == []
     if "object" not in pattern:
         assert np.array_equal(boxes_of("voc2007_trainval"), before)
@@ -639,10 +650,9 @@ def test_voc_corners_from_0_and_floats_are_cut_rounded_counted_and_said(world, t
 
 def test_voc_trees_are_read_as_detectron2_reads_them(world, tmp_path):
     loaded(voc_args(world, tmp_path))
-    for name, root, split in (("voc2007_trainval", "VOC2007", "trainval"), ("voc2007_test", "VOC2007", "test")):
-        theirs = load_voc_instances(str(world / root), split, toy.CLASSES)
-        ours = DatasetCatalog.get(name)
-        for a, b in zip(ours, theirs, strict=True):
+    for split in ("trainval", "test"):
+        theirs = load_voc_instances(str(world / "VOC2007"), split, toy.CLASSES)
+        for a, b in zip(DatasetCatalog.get(f"voc2007_{split}"), theirs, strict=True):
             assert (a["file_name"], a["height"], a["width"]) == (b["file_name"], b["height"], b["width"])
             for mine, other in zip(a["annotations"], b["annotations"], strict=True):
                 x, y, w, h = mine["bbox"]
@@ -653,7 +663,8 @@ def test_what_the_evaluator_reads_is_the_tree(world, tmp_path):
     """`difficult` too, which VOC's AP leaves out."""
     args = voc_tree(world, tmp_path, None, lambda text: text.replace("<difficult>0", "<difficult>1"))
     loaded(args)
-    for number, name in enumerate((tmp_path / "VOC2007/ImageSets/Main/test.txt").read_text().split(), start=1):
+    names = (tmp_path / "VOC2007" / "ImageSets" / "Main" / "test.txt").read_text().split()
+    for number, name in enumerate(names, start=1):
         ours = parse_rec(f"{args.out}/voc2007_test/Annotations/{number}.xml")
         assert ours == parse_rec(str(tmp_path / "VOC2007" / "Annotations" / f"{name}.xml"))
 

@@ -1,5 +1,5 @@
-"""finetune_det.py: protocols key by key, features equal to detectron2's, what is loaded and what is left, errors of
-three kinds, and (slow) trainings that are killed, resumed and evaluated."""
+"""finetune_det.py: protocols key by key, features equal to detectron2's, what is loaded and what is left,
+three kinds of errors, and (slow) trainings that are killed, resumed and evaluated."""
 import contextlib
 import csv
 import io
@@ -27,7 +27,8 @@ from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from insloc import C4Encoder, FPNEncoder
-from test_detsets import FPN, RANDOM, empty_catalogs, loaded, own_arguments, own_set, read_json, world  # noqa: F401
+from test_detsets import FPN, RANDOM, empty_catalogs, loaded, own_arguments, own_set, read_json
+from test_detsets import world                      # noqa: F401  a fixture
 from weights import read_weights, to_detectron2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -350,8 +351,9 @@ def test_msras_pickle_equals_detectron2s_own_reading(c4, tmp_path):
 
 
 @pytest.mark.parametrize("resnet, arch, protocol, left", [
-    ("narrow18", "c4", "voc-c4", 15), ("resnet18", "c4", "coco-c4-1x", 19), ("resnet34", "c4", "coco-c4-1x", 19),
-    ("narrow18", "fpn", "coco-fpn-1x", 43), ("narrow18", "fpn", "coco-c4-1x", 19)])
+    ("narrow18", "c4", "voc-c4", 15), ("resnet18", "c4", "coco-c4-1x", 19),
+    ("resnet34", "c4", "coco-c4-1x", 19), ("narrow18", "fpn", "coco-c4-1x", 19),
+    ("narrow18", "fpn", "coco-fpn-1x", 43)])
 @torch.no_grad()
 def test_other_trunks_have_detectron2s_features_too(resnet, arch, protocol, left, tmp_path):
     encoder = randomised(C4Encoder(resnet) if arch == "c4" else FPNEncoder(resnet))
@@ -596,7 +598,8 @@ def test_keys_that_the_labels_decide(keys, said, world, tmp_path):
 def test_what_the_labels_decide_is_said(world, tmp_path):
     data = loaded(own_set(world, tmp_path, protocol="minicoco-c4"))
     _, notes = ft.build_config("minicoco-c4", RANDOM, data)
-    assert notes == ["MODEL.ROI_HEADS.NUM_CLASSES 5, protocol 80 (the labels)", "2 training images, protocol 11828",
+    assert notes == ["MODEL.ROI_HEADS.NUM_CLASSES 5, protocol 80 (the labels)",
+                     "2 training images, protocol 11828",
                      "9000 iterations are 72000.0 epochs, the paper says 12"]
 
 
@@ -618,7 +621,8 @@ def test_a_checkpoint_that_is_gone(kept, used, tmp_path, capsys):
             ft.newest_checkpoint(tmp_path)
         return
     assert ft.newest_checkpoint(tmp_path) == (tmp_path / "last_checkpoint").read_text() == used
-    assert ("model_0000013.pth, which is gone: model_0000006.pth" in capsys.readouterr().out) == (len(kept) == 1)
+    said = "model_0000013.pth, which is gone: model_0000006.pth" in capsys.readouterr().out
+    assert said == (len(kept) == 1)
 
 
 # ---- bugs keep their traceback
@@ -798,7 +802,8 @@ def test_a_bug_of_one_rank_and_under_pdb_shows_file_and_line(launcher, world, tm
     pdb = launcher == ["pdb"]
     command = [sys.executable, *(["-m", "pdb", "-c", "continue"] if pdb else []),
                os.path.join(HERE, "..", "finetune_det.py"), *map(str, arguments), *([] if pdb else launcher)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, input="where\nquit\nquit\n" if pdb else "", capture_output=True, text=True,
                           env=environment, timeout=300)
     text = done.stdout + done.stderr
