@@ -327,8 +327,8 @@ def test_fig4_shows_the_cells_of_the_probe(figures, monkeypatch, tmp_path):
 def test_swap_draws_a_column_for_each_net(figures, tmp_path):
     torch.save(make_resnet("narrow18").state_dict(), tmp_path / "net.pth")
     figures.draw_swap([["mine", str(tmp_path / "net.pth")]], tmp_path, size=64)
-    columns = read_image(str(tmp_path / "swap.png")).float().mean(dim=(0, 1)).chunk(3)     # composites, random, mine
-    assert all(column.std() > 5 for column in columns)
+    columns = read_image(str(tmp_path / "swap.png")).float().mean(dim=(0, 1)).chunk(3)
+    assert all(column.std() > 5 for column in columns)                  # the composites, random, mine
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def numbers(text):
 
 
 def differences(before, now):
-    """Pairs of numbers of two texts that differ by more than they may; texts that differ otherwise are one."""
+    """Pairs of numbers of two texts that differ by more than they may, or the texts if their words differ."""
     if re.sub(NUMBER, "#", before) != re.sub(NUMBER, "#", now):
         return [(before, now)]
     return [(a, b) for (a, tolerance), (b, _) in zip(numbers(before), numbers(now)) if abs(a - b) > tolerance]
@@ -86,7 +86,8 @@ def test_the_method_is_that_of_insloc_and_nothing_is_defined_twice():
     assert len(set(names)) == len(names) and not [name for name in names if hasattr(insloc, name)]
     used = set(re.findall(r"insloc\.(\w+)", program))
     assert used >= {"crop_box", "paste", "grid_anchors", "jitter_boxes", "photometric", "Views", "MakeGroup",
-                    "batches", "C4Encoder", "FPNEncoder", "roi_pool", "KeyQueue", "info_nce", "momentum_update"}
+                    "batches", "C4Encoder", "FPNEncoder", "roi_pool", "KeyQueue", "info_nce",
+                    "momentum_update"}
 
 
 def test_the_text_names_the_numbers_that_are_printed():

@@ -84,7 +84,7 @@ def block(axes, x, y, text, color="#eeeeee"):
 # ---- The method's pictures -------------------------------------------------------------------------------
 
 class Shown:
-    """One group of the six photographs, as a loader worker makes it, and where each sample's parts came from."""
+    """One group of the six photographs, as a loader worker makes it, and what its samples are made of."""
 
     def __init__(self, epoch, step):
         self.epoch = epoch
@@ -92,8 +92,8 @@ class Shown:
         self.samples = [views[epoch, step, 0, index] for index in range(len(PHOTOS))]
         self.group = MakeGroup()(self.samples)
         sources = [sample["source"] for sample in self.samples]
-        generator = generator_for(0, "group", *self.samples[0]["seeds"])        # draws again what MakeGroup drew
-        self.backgrounds = choose_backgrounds(sources, generator)               # (N, 2): of query and of key
+        generator = generator_for(0, "group", *self.samples[0]["seeds"])    # draws again what MakeGroup drew
+        self.backgrounds = choose_backgrounds(sources, generator)           # (N, 2): of query and of key
 
     def augmented(self, side, i):
         """The composite of sample i, augmented inside its box: (3, S, S) in [0, 1]."""
@@ -108,7 +108,7 @@ class Shown:
         boxes = []
         for _ in ("query", "key"):
             top, left, crop_h, crop_w = crop_box(h, w, generator=generator)
-            torch.randint(0, 2, (2,), generator=generator)                      # the sides, drawn by Views.crop
+            torch.randint(0, 2, (2,), generator=generator)                    # the sides, drawn by Views.crop
             boxes.append((left, top, left + crop_w, top + crop_h))
         return boxes
 
@@ -328,7 +328,8 @@ def draw_swap(runs, out, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("out", help="folder that gets the pictures")
     parser.add_argument("--point", nargs=3, action="append", default=[], metavar=("NAME", "CLS", "DET"),
                         help="a point of fig1.png: results.json of probe_cls.py and of finetune_det.py")

@@ -122,19 +122,21 @@ def first_place(run, protocol):
 
 def first_detection(method):
     """AP50 of boxes from 400 photographs of VOC, one for each seed that was run."""
-    names = sorted(name for name in os.listdir(os.path.join(HERE, "first", "det")) if name.startswith(f"{method}_"))
-    return [read("first", "det", name)["mean"]["AP50bb"] for name in names]
+    names = sorted(os.listdir(os.path.join(HERE, "first", "det")))
+    return [read("first", "det", name)["mean"]["AP50bb"] for name in names if name.startswith(f"{method}_")]
 
 
 def first_table():
     for method, runs in FIRST.items():
         trained = method != "random"
         accuracies = [mean_accuracy(read("first", run, "log.jsonl")[-10:]) for run in runs if trained]
-        places = [[first_place(run, protocol) for run in runs] for protocol in ("full", "reflect", "alone")]
-        yield row(NAMES[method], cell(accuracies, 2) if trained else "",
-                  cell([read("first", run, "knn.json")["top1"] for run in runs], 1),
-                  cell([read("first", run, "lin.json")["top1"] for run in runs], 1) if trained else "diverged",
-                  *[cell(values, 1) for values in places], cell(first_detection(method), 1))
+        knn = [read("first", run, "knn.json")["top1"] for run in runs]
+        linear = [read("first", run, "lin.json")["top1"] for run in runs]
+        places = []
+        for protocol in ("full", "reflect", "alone"):
+            places.append(cell([first_place(run, protocol) for run in runs], 1))
+        yield row(NAMES[method], cell(accuracies, 2) if trained else "", cell(knn, 1),
+                  cell(linear, 1) if trained else "diverged", *places, cell(first_detection(method), 1))
 
 
 # ---- The project's README --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Do swap's figures come from BatchNorm's statistics? Estimates them again on composites of training images.
 
-    python docs/results/second/reestimate.py RUN PHOTOS OUT.pth                    # of a trained net
-    python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED]        # of a random one, or resnet18
+    python docs/results/second/reestimate.py RUN PHOTOS OUT.pth            # of a trained net
+    python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED]    # of a random one
     python probe_box.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
 """
 import os
