@@ -1,7 +1,7 @@
 """Do swap's figures come from BatchNorm's statistics? Estimates them again on composites of training images.
 
-    python docs/results/reestimate.py RUN PHOTOS OUT.pth                    # of a trained net
-    python docs/results/reestimate.py narrow18 PHOTOS OUT.pth [SEED]        # of a random one, or resnet18
+    python docs/results/second/reestimate.py RUN PHOTOS OUT.pth            # of a trained net
+    python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED]    # of a random one
     python probe_box.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
 """
 import os
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", ".."))
 import probe_box  # noqa: E402
 from weights import RESNETS, frozen_nets  # noqa: E402
 
