@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 import stage
 from insloc import C4Encoder, FPNEncoder, make_resnet, read_image
 
-RESNETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "narrow18")
+RESNETS = ("resnet50", "resnet18", "narrow18", "resnet34", "resnet101", "resnet152")
 INPUTS = {              # mean and std of pixels, order of channels, stride in the 1x1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "RGB", False),
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "RGB", False),
