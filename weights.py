@@ -16,7 +16,7 @@ import torch
 
 from insloc import FPNEncoder, make_resnet
 
-RESNETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "narrow18")
+RESNETS = ("resnet50", "resnet18", "narrow18", "resnet34", "resnet101", "resnet152")
 INPUTS = {              # mean and std of pixels, order of channels, stride in the 1x1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "RGB", False),
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "RGB", False),
