@@ -121,7 +121,9 @@ def main(rank, device, args, train, val, data_digest):
         """Pairs of indices (n,), features (n, D), the same on all ranks; each encodes a part of a batch."""
         batches = order.split(args.batch_size)
         parts = [batch.tensor_split(args.world)[rank].tolist() for batch in batches]
-        addresses = [[(epoch, index) for index in part or [0]] for part in parts]
+        addresses = []
+        for part in parts:
+            addresses.append([(epoch, index) for index in part or [0]])
         loaded = stage.load(images, addresses, args.workers, pin_memory=args.device == "cuda")
         for batch, part, x in zip(batches, parts, loaded):
             x = x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
