@@ -35,7 +35,7 @@ demo: demo-pretraining
 	@$(RUN) tools/demo.py pairs runs/demo runs/demo_knn
 
 # The whole chain: the same pre-training, then the paper's detector in small, from these weights and from random ones.
-ITERATIONS := 150
+ITERATIONS := 250
 DETECTOR := --protocol voc-c4 --data toy --classes circle,cross,square,star,triangle --trials 3 \
 	--device cpu --nprocs 1 --workers 0 --resume INPUT.MIN_SIZE_TRAIN "(128,)" INPUT.MIN_SIZE_TEST 128 \
 	SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.02 SOLVER.MAX_ITER $(ITERATIONS) SOLVER.WARMUP_ITERS 20 \
