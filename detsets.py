@@ -68,6 +68,11 @@ def number(value, key):
     raise ValueError(f"{key} is {value!r}, which is no number")
 
 
+def numbers(values, key):
+    """A list of numbers. ValueError names the key."""
+    return [number(value, key) for value in values]
+
+
 def identity(value, key):
     """An id: a number, or a string that is none. ValueError names the key."""
     return value if isinstance(value, str) and not value.isdecimal() else number(value, key)
@@ -95,9 +100,9 @@ def mend_annotation(entry, categories):
     mended = {**entry,
               "image_id": identity(entry["image_id"], "image_id"),
               "category_id": identity(entry["category_id"], "category_id"),
-              "bbox": [number(side, "bbox") for side in entry["bbox"] or ()],
+              "bbox": numbers(entry["bbox"] or (), "bbox"),
               "iscrowd": 1 if crowd is True else number(crowd, "iscrowd")}
-    for key in ("keypoints", "ignore"):                             # not used, and detectron2 stumbles on them
+    for key in ("keypoints", "ignore"):                             # not used; detectron2 stumbles on them
         mended.pop(key, None)
     if mended["category_id"] not in categories:
         raise ValueError(f"category_id {mended['category_id']} is no category of this file")
@@ -120,7 +125,7 @@ def mend_boxes(entries, images, said):
                          "file; COCO's is x, y, width, height in pixels")
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     as_corners = (low >= 0) & (boxes[:, 2:] > low) & (boxes[:, 2:] <= sizes + 0.5)
-    corners = as_corners.all() and (high > 1.05 * sizes).any()      # all fit so, and some by far not as x y w h
+    corners = as_corners.all() and (high > 1.05 * sizes).any()      # some by far do not fit as x y w h
     if corners:
         high = boxes[:, 2:]
     leaves = ((low < -0.5) | (high > sizes + 0.5)).any(axis=1)      # half a pixel is rounding
@@ -143,13 +148,13 @@ def mend_boxes(entries, images, said):
 
 def mend_crowds(entries, images, said):
     """Takes crowds alone as things, in place; says where boxes are crowds."""
-    crowds = [entry for entry in entries if entry["iscrowd"]]
+    places = [images[entry["image_id"]]["file_name"] for entry in entries if entry["iscrowd"]]
     fault = "boxes are crowds (iscrowd 1): nothing trains on them or counts them"
-    if len(crowds) == len(entries):                 # CVAT and datumaro write it beside every run-length mask
+    if len(places) == len(entries):                 # CVAT and datumaro write it beside every run-length mask
         fault = "boxes are crowds (iscrowd 1) like all of this file: taken as things"
         for entry in entries:
             entry["iscrowd"] = 0
-    said[fault] += [images[entry["image_id"]]["file_name"] for entry in crowds]
+    said[fault] += places
 
 
 def run_lengths(text):
@@ -168,9 +173,9 @@ def run_lengths(text):
 
 def mend_run_length(mask, image):
     """A run-length mask, or None if it does not fill its picture; what is said of it, or None."""
-    size, counts = [number(side, "size") for side in mask["size"]], mask["counts"]
+    size, counts = numbers(mask["size"], "size"), mask["counts"]
     if isinstance(counts, list):
-        counts = lengths = [number(length, "counts") for length in counts]
+        counts = lengths = numbers(counts, "counts")
     else:
         lengths = run_lengths(counts)
     if size != [image["height"], image["width"]] or sum(lengths) != math.prod(size) or min(lengths) < 0:
@@ -251,7 +256,8 @@ def mend(content, folder, masks, tenth, said):
             entries.append(entry)
         elif entry["image_id"] not in images:
             said["boxes have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
-    images = {key: image for key, image in images.items() if key in kept}
+    for key in images.keys() - kept:
+        del images[key]
     for key, image in images.items():
         with reading(os.path.join(folder, image["file_name"])):
             images[key] = mend_image(image, folder)
@@ -322,7 +328,7 @@ def write_voc(content, folder, said):
     The evaluator takes whole numbers alone, so the boxes are rounded, in `content` too.
     """
     names = {entry["id"]: escape(entry["name"]) for entry in content["categories"]}
-    things = {entry["id"]: "" for entry in content["images"]}
+    things = collections.defaultdict(str)
     for entry in content["annotations"]:
         x, y, w, h = entry["bbox"]
         x1, y1, x2, y2 = round(x), round(y), round(x + w), round(y + h)
@@ -334,9 +340,11 @@ def write_voc(content, folder, said):
                                                        x1 + 1, y1 + 1, x2, y2)
     for part in ("Annotations", "ImageSets/Main"):
         os.makedirs(f"{folder}/{part}", exist_ok=True)
-    for image_id, text in things.items():
-        Path(folder, "Annotations", f"{image_id}.xml").write_text(f"<annotation>{text}</annotation>")
-    Path(folder, "ImageSets", "Main", "val.txt").write_text("".join(f"{image_id}\n" for image_id in things))
+    with open(f"{folder}/ImageSets/Main/val.txt", "w") as split:
+        for image in content["images"]:
+            split.write(f"{image['id']}\n")
+            text = f"<annotation>{things[image['id']]}</annotation>"
+            Path(folder, "Annotations", f"{image['id']}.xml").write_text(text)
 
 
 def find_sets(args):

@@ -37,13 +37,6 @@ def write_json(path, content):
         json.dump(content, f)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("toy") / "world"
-    toy.write_world(str(out), train=0, val=0, det_train=20, det_val=8)
-    return out
-
-
 def empty_catalogs():
     """A process registers its sets once; these tests do it again and again."""
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -197,10 +190,10 @@ def test_class_names_that_are_numbers(world, tmp_path):
 
 # Numbers that are none, but mean one.
 
-def strings(*keys, places=slice(None)):
+def strings(*keys, start=0, stop=None, step=1):
     def edit(content):
         for part in ("images", "annotations", "categories"):
-            for entry in content[part][places]:
+            for entry in content[part][start:stop:step]:
                 for key in keys:
                     if key in entry:
                         value = entry[key]
@@ -210,8 +203,8 @@ def strings(*keys, places=slice(None)):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("edit", [
-    strings("width", "height"), strings("id", "image_id", "category_id"), strings("id", places=slice(1, 2)),
-    strings("bbox"), strings("bbox", places=slice(0, 9, 2)), strings("area", "iscrowd"),
+    strings("width", "height"), strings("id", "image_id", "category_id"), strings("id", start=1, stop=2),
+    strings("bbox"), strings("bbox", stop=9, step=2), strings("area", "iscrowd"),
     every("area", "much"), every("iscrowd", False), every("iscrowd", "0"), every("ignore", 0),
     one("annotations", 3, "area"), one("annotations", 3, "iscrowd"), one("images", 1, "height"),
     one("images", 1, "width")])
