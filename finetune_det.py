@@ -188,7 +188,7 @@ def running():
     try:
         yield
     except stage.Refusal as error:                  # a loader worker puts its traceback in front
-        raise stage.Refusal(stage.last_line(error).split("stage.Refusal: ")[-1]) from error
+        raise stage.Refusal(stage.last_line(error).split("Refusal: ")[-1]) from error
     except FloatingPointError as error:             # detectron2 puts all losses behind
         reason = str(error).splitlines()[0]
         raise stage.Refusal(f"the training has diverged, lower SOLVER.BASE_LR: {reason}") from error

@@ -427,7 +427,8 @@ def test_rows_of_the_paper(protocol, rows):
 def here(*arguments):
     """The program in this process: exit status, standard output, standard error."""
     empty_catalogs()
-    out, err, status, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    err, status, argv = io.StringIO(), 0, sys.argv
     sys.argv = ["finetune_det.py", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -440,7 +441,7 @@ def here(*arguments):
             status = 1
     finally:
         sys.argv = argv
-    return status, out.getvalue(), err.getvalue()
+    return status, out.buffer.getvalue().decode(), err.getvalue()
 
 
 def line_of(*arguments):
