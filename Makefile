@@ -37,7 +37,7 @@ $(VENV)/installed: requirements.txt Makefile
 	$(BIN)/pip install -q --require-hashes --no-deps --only-binary=:all: --python-version 3.10 --upgrade \
 		--target "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" -r $(VENV)/detectron2.txt
 	@$(RUN) -c 'import torch, torchvision, pycocotools, pytest, safetensors, matplotlib, tensorboard'
-	@$(RUN) -c 'import detectron2.engine' || case $(VERSION) in 3.1[1-3]) exit 1 ;; \
+	@$(RUN) -W ignore -c 'import detectron2.engine' || case $(VERSION) in 3.1[1-3]) exit 1 ;; \
 		*) echo "NOTE: detectron2 does not work here: stage 3, finetune_det.py, is missing. Stages 1 and 2 do without it." ;; esac
 	@touch $@
 	@echo "Ready: $(RUN) has all that the stages need."
