@@ -25,7 +25,7 @@ install: $(VENV)/installed
 VERSION := $$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 $(VENV)/installed: requirements.txt Makefile
-	@case $(VERSION) in 3.1[1-3]) ;; \
+	@case $(VERSION) in "") exit 1 ;; 3.1[1-3]) ;; \
 		3.1[4-9]) echo "NOTE: this was never run on Python $(VERSION), only on 3.11, 3.12 and 3.13." ;; \
 		*) echo "Python 3.11 to 3.13 is needed, this is $(VERSION): make install PYTHON=python3.12" >&2; exit 1 ;; esac
 	@echo "Installing torch, torchvision, detectron2 and what they need into $(VENV), for Python $(VERSION). This downloads 3.1 GB,"
