@@ -22,6 +22,10 @@ for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
+# Before a program under pdb: without it, Python 3.13.0 takes the program's options for pdb's own. Later ones
+# refuse it.
+PDB_SEPARATOR = ["--"] if sys.version_info[:3] == (3, 13, 0) else []
+
 SMALL = ("--arch c4 --resnet narrow18 --image-size 64 --batch-size 12 --bn-group 3 --lr 0.02 --queue-size 20 "
          "--ema 0.9 --device cpu --log-every 1 --workers 0").split()
 

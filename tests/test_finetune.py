@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 import toy
+from conftest import PDB_SEPARATOR
 
 import detsets
 import finetune_det as ft
@@ -833,7 +834,7 @@ def test_a_bug_of_one_rank_and_under_pdb_shows_file_and_line(launcher, world, tm
     (tmp_path / "sitecustomize.py").write_text(PLANT)
     arguments = [*FPN, "--data", world, "--out", tmp_path / "out", *SHORT, "MODEL.RESNETS.DEPTH", "18"]
     pdb = launcher == ["pdb"]
-    command = [sys.executable, *(["-m", "pdb", "-c", "continue"] if pdb else []),
+    command = [sys.executable, *(["-m", "pdb", "-c", "continue", *PDB_SEPARATOR] if pdb else []),
                os.path.join(HERE, "..", "finetune_det.py"), *map(str, arguments), *([] if pdb else launcher)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "PYTHONPATH": str(tmp_path)}

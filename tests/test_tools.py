@@ -1,4 +1,5 @@
-"""install.py, bench.py's limits, demo.py, and what the Makefile runs."""
+"""`make install`, bench.py's limits, demo.py, and what the Makefile runs."""
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import zipfile
 
 import bench
 import demo
-import install
 import pytest
 
 import pretrain
@@ -20,120 +20,129 @@ import probe_cls
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# ---- install.py -------------------------------------------------------------------------------------------
+# ---- make install -----------------------------------------------------------------------------------------
 
-def write_wheel(folder, name):
-    """A wheel of one module, made by hand."""
+IMPORTED = "torch torchvision pycocotools pytest safetensors matplotlib tensorboard".split()
+
+
+def write_wheel(folder, name, files, needs=""):
+    """A wheel made by hand. Returns how requirements name it, with its hash."""
     os.makedirs(folder, exist_ok=True)
-    info = f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(f"{folder}/{name}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", "where = 'wheel'\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+    path = f"{folder}/{name}-1.0-py3-none-any.whl"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    if needs:
+        metadata += f"Requires-Dist: {needs}\n"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file in files:
+            wheel.writestr(file, "where = 'wheel'\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", metadata)
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+    with open(path, "rb") as f:
+        return f"{name}==1.0 --hash=sha256:{hashlib.sha256(f.read()).hexdigest()}"
 
 
-@pytest.fixture(scope="module")
-def empty_venv(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("venv") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    return folder
+class Machine:
+    """The Makefile in a folder, with packages of its own that stand for torch and detectron2. No network.
+
+    Its settings put packages elsewhere, take them for installed, or leave some out.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        shutil.copy(f"{HERE}/Makefile", folder)
+        (folder / "requirements.txt").write_text("gained\n")
+        wheels = f"{folder}/wheels"
+        write_wheel(wheels, "gained", ["gained.py"], needs="needed")
+        write_wheel(wheels, "needed", [f"{name}.py" for name in IMPORTED])
+        self.whole = write_wheel(wheels, "whole", ["detectron2/__init__.py", "detectron2/engine.py"])
+        self.broken = write_wheel(wheels, "broken", ["detectron2/__init__.py"])
+        with zipfile.ZipFile(f"{wheels}/gained-1.0-py3-none-any.whl") as wheel:
+            wheel.extractall(folder / "site")
+        self.config = folder / "pip.conf"
+        self.config.write_text(f"[global]\nfind-links = {wheels}\nno-index = true\n[install]\nuser = true\n")
+        self.settings = {
+            "PYTHONPATH": f"{folder}/site", "PYTHONHOME": "/absent", "PIP_CONFIG_FILE": str(self.config),
+            "PIP_TARGET": f"{folder}/elsewhere", "PIP_PREFIX": f"{folder}/elsewhere",
+            "PIP_ROOT": f"{folder}/root", "PIP_USER": "1", "PIP_CONSTRAINT": "/absent",
+            "PIP_REQUIREMENT": "/absent", "PIP_PYTHON": "/absent",
+            "PIP_REQUIRE_HASHES": "1", "PIP_REQUIRE_VIRTUALENV": "1", "PIP_NO_DEPS": "1", "PIP_DRY_RUN": "1",
+            "PIP_NO_BINARY": ":all:", "PIP_ONLY_BINARY": "none", "PIP_PLATFORM": "win32", "PIP_ABI": "cp36m",
+            "PIP_PYTHON_VERSION": "3.6", "PIP_PRE": "1"}
+
+    def fake_python(self, version):
+        """One that says that it is `version`."""
+        path = self.folder / f"python{version}"
+        path.write_text(f'#!/bin/sh\ncase "$2" in *version_info*) echo {version};; '
+                        f'*) exec {sys.executable} "$@";; esac\n')
+        path.chmod(0o755)
+        return path
+
+    def install(self, python, detectron2, **settings):
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), **settings}
+        command = ["make", "install", f"PYTHON={python}", f"DETECTRON2={detectron2}"]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
 
-def machine_with_settings(folder, venv):
-    """Variables of a machine whose settings put packages elsewhere, or take them for installed."""
-    write_wheel(folder / "wheels", "gained")
-    shutil.copytree(folder / "wheels", folder / "more wheels")
-    site = folder / "site"
-    with zipfile.ZipFile(folder / "wheels" / "gained-1.0-py3-none-any.whl") as wheel:
-        wheel.extractall(site)                              # a copy that pip finds on PYTHONPATH
-    (site / "gained.py").write_text("where = 'PYTHONPATH'\n")
-    (folder / "pip.conf").write_text(
-        f"[global]\nfind-links =\n    {folder}/none\n    {folder}/wheels\nno-index = true\nretries = 0\n"
-        f"[install]\nuser = true\ntarget = {folder}/file_target\n")
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(site),
-            "PIP_CONFIG_FILE": f"{folder}/pip.conf", "PIP_TARGET": f"{folder}/target", "PIP_USER": "1",
-            "PIP_PREFIX": f"{folder}/prefix", "PIP_REQUIRE_HASHES": "1", "PIP_CONSTRAINT": f"{folder}/absent",
-            "PIP_PYTHON": "/absent/python", "PIP_TIMEOUT": "7"}
+@pytest.fixture
+def machine(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("no make")
+    return Machine(tmp_path)
 
 
-def test_settings_of_the_machine_do_not_decide_what_is_installed(empty_venv, tmp_path):
-    python = str(empty_venv / "bin" / "python")
-    machine = machine_with_settings(tmp_path, empty_venv)
-    environment = install.pip_environment(python, machine)
-    install.pip_install(python, environment, "gained")
-    found = subprocess.run([python, "-I", "-c", "import gained; print(gained.where, gained.__file__)"],
-                           capture_output=True, text=True, check=True).stdout.split()
-    assert found[0] == "wheel" and found[1].startswith(str(empty_venv))
-    assert not any((tmp_path / name).exists() for name in ("target", "prefix", "file_target"))
-    kept = {"PIP_NO_INDEX": "true", "PIP_RETRIES": "0", "PIP_TIMEOUT": "7", "PIP_CONFIG_FILE": os.devnull,
-            "PIP_FIND_LINKS": f"{tmp_path}/none {tmp_path}/wheels"}
-    assert kept.items() <= environment.items()
-    for name in ("PIP_TARGET", "PIP_USER", "PIP_PREFIX", "PIP_REQUIRE_HASHES", "PIP_PYTHON", "PYTHONPATH"):
-        assert name not in environment
-    assert environment.get("PIP_CONSTRAINT") != machine["PIP_CONSTRAINT"]
-
-
-def test_the_settings_would_decide_without_install_py(empty_venv, tmp_path):
-    """The fault is real: pip itself, on that machine, leaves the environment without the package."""
-    python = str(empty_venv / "bin" / "python")
-    machine = machine_with_settings(tmp_path, empty_venv)
-    for name in ("PIP_PYTHON", "PIP_CONSTRAINT", "PIP_REQUIRE_HASHES", "PIP_USER", "PIP_PREFIX"):
-        machine.pop(name)
-    write_wheel(tmp_path / "wheels", "other")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-user", "other"], env=machine, check=True)
-    assert (tmp_path / "target" / "other.py").exists()
-    assert subprocess.run([python, "-I", "-c", "import other"], capture_output=True).returncode
-
-
-def test_an_option_of_the_environment_wins_over_a_file(empty_venv, tmp_path):
-    python = str(empty_venv / "bin" / "python")
-    machine = machine_with_settings(tmp_path, empty_venv)
-    constraints = tmp_path / "constraints.txt"
-    with open(tmp_path / "pip.conf", "a") as f:
-        f.write(f"find-links = {tmp_path}/install\nconstraint = {constraints}\n")       # of [install]
-    environment = install.pip_environment(python, machine)
-    assert environment["PIP_FIND_LINKS"] == f"{tmp_path}/install"
-    assert environment["PIP_CONSTRAINT"] == str(constraints)            # of a file, not of the environment
-    environment = install.pip_environment(python, {**machine, "PIP_FIND_LINKS": "here"})
-    assert environment["PIP_FIND_LINKS"] == "here"
-
-
-@pytest.mark.parametrize("version, tried", [((3, 11, 0), True), ((3, 13, 9), True), ((3, 14, 0), False)])
-def test_pythons_that_were_tried_and_newer_ones_go_on(version, tried, capsys):
-    assert install.check_python(version) == tried
-    assert ("never run" in capsys.readouterr().out) == (not tried)
-
-
-def test_an_older_python_is_refused():
-    with pytest.raises(SystemExit, match="3.11 to 3.13 is needed, this is 3.10.*PYTHON=python3.12"):
-        install.check_python((3, 10, 2))
-
-
-@pytest.mark.parametrize("tried", [True, False])
-def test_a_missing_detectron2_costs_stage_3_alone_where_python_is_new(tried, tmp_path, capsys):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *detectron2*) echo "no wheel" >&2; exit 1; esac\n')
-    python.chmod(0o755)
-    if tried:
-        with pytest.raises(SystemExit, match="no wheel.*stage 3"):
-            install.check_imports(str(python), dict(os.environ), tried)
-    else:
-        install.check_imports(str(python), dict(os.environ), tried)
-        assert re.search("no wheel.*stage 3.*stages 1 and 2", capsys.readouterr().out)
+def test_settings_of_the_machine_do_not_decide_what_is_installed(machine):
+    done = machine.install(sys.executable, machine.whole, **machine.settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3.1 GB" in done.stdout and done.stdout.splitlines()[-1].startswith("Ready: .venv/bin/python")
+    code = "import detectron2, gained, torch; print(gained.__file__, torch.__file__, detectron2.__file__)"
+    found = subprocess.run([f"{machine.folder}/.venv/bin/python", "-I", "-c", code], capture_output=True,
+                           text=True, check=True).stdout.split()
+    for path in found:
+        assert path.startswith(f"{machine.folder}/.venv/")
+    assert not {"elsewhere", "root"} & set(os.listdir(machine.folder))
 
 
 @pytest.mark.slow
-def test_another_python_makes_the_environment_anew(empty_venv, tmp_path):
-    folder = tmp_path / "venv"
-    install.make_venv(str(folder))
-    (folder / "kept").touch()
-    assert install.make_venv(str(folder)) == str(folder / "bin" / "python") and (folder / "kept").exists()
-    (folder / "bin" / "python").unlink()
-    (folder / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")       # says that it is of another version
-    (folder / "bin" / "python").chmod(0o755)
-    install.make_venv(str(folder))
-    assert not (folder / "kept").exists()
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PIP_TARGET", "PIP_CONSTRAINT"])
+def test_each_setting_would_decide(name, machine):
+    """The fault is real: without the Makefile's list, each of these alone spoils the environment."""
+    text = (machine.folder / "Makefile").read_text()
+    text, count = re.subn(r"^(unexport|export PIP_USER) .*", "", text, flags=re.M)
+    assert count == 3
+    (machine.folder / "Makefile").write_text(text)
+    settings = {key: machine.settings[key] for key in ("PIP_CONFIG_FILE", name)}
+    machine.config.write_text(machine.config.read_text().replace("user = true", ""))
+    machine.install(sys.executable, machine.whole, **settings)
+    code = "import gained, torch, detectron2.engine"
+    python = f"{machine.folder}/.venv/bin/python"
+    assert subprocess.run([python, "-I", "-c", code], capture_output=True).returncode
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.10"])
+def test_an_older_python_is_refused_in_one_line(version, machine):
+    done = machine.install(machine.fake_python(version), machine.whole)
+    first, makes = done.stderr.splitlines()
+    assert first == f"Python 3.11 to 3.13 is needed, this is {version}: make install PYTHON=python3.12"
+    assert makes.startswith("make: ***") and done.returncode and not done.stdout
+    assert not (machine.folder / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_a_newer_python_goes_on_and_may_lack_detectron2_alone(machine):
+    config = {"PIP_CONFIG_FILE": str(machine.config)}
+    done = machine.install(sys.executable, machine.broken, **config)
+    assert done.returncode and "detectron2.engine" in done.stderr and "Ready" not in done.stdout
+    kept = machine.folder / ".venv" / "kept"
+    kept.touch()
+    assert machine.install(sys.executable, machine.broken, **config).returncode and kept.exists()
+
+    done = machine.install(machine.fake_python("3.14"), machine.broken, **config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not kept.exists()                                # an environment of another Python is made anew
+    assert "never run on Python 3.14" in done.stdout and "stage 3, finetune_det.py, is missing" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Ready")
 
 
 # ---- bench.py: limits -------------------------------------------------------------------------------------
@@ -251,8 +260,8 @@ def test_the_commands_of_the_makefile_parse():
                 arguments = arguments[:arguments.index(sign)]
         if script in parsers:
             parsers[script](arguments)
-            assert before[-6:-1] == ["env", "-u", "PYTHONPATH", "-u", "PYTHONHOME"]
-            assert before[0] == "OMP_NUM_THREADS=1" and arguments[arguments.index("--device") + 1] == "cpu"
+            assert before == ["OMP_NUM_THREADS=1", ".venv/bin/python"]
+            assert arguments[arguments.index("--device") + 1] == "cpu"
         seen.add(script)
     assert seen >= {"pretrain.py", "probe_cls.py", "finetune_det.py", "demo.py", "bench.py"}
 
