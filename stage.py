@@ -387,7 +387,7 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
             end_workers()
-            with contextlib.suppress(OSError):      # Python removes it in the end, and complains if it is gone
+            with contextlib.suppress(OSError):      # Python removes it in the end, or complains
                 os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
             raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
                           "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
