@@ -68,6 +68,11 @@ def number(value, key):
     raise ValueError(f"{key} is {value!r}, which is no number")
 
 
+def numbers(values, key):
+    """A list of numbers. ValueError names the key."""
+    return [number(value, key) for value in values]
+
+
 def identity(value, key):
     """An id: a number, or a string that is none. ValueError names the key."""
     return value if isinstance(value, str) and not value.isdecimal() else number(value, key)
@@ -89,54 +94,67 @@ def mend_image(entry, folder):
     return {**entry, "width": width, "height": height}
 
 
-def mend_numbers(entry, categories):
+def mend_annotation(entry, categories):
     """An annotation with numbers where numbers belong. ValueError and KeyError name the key."""
-    entry = {key: value for key, value in entry.items() if key not in ("keypoints", "ignore")} | {
-        "image_id": identity(entry["image_id"], "image_id"),
-        "category_id": identity(entry["category_id"], "category_id"),
-        "bbox": [number(side, "bbox") for side in entry["bbox"] or ()],
-        "iscrowd": entry.get("iscrowd") or entry.get("ignore") or 0}
-    if entry["iscrowd"] is not True:
-        entry["iscrowd"] = number(entry["iscrowd"], "iscrowd")
-    if entry["category_id"] not in categories:
-        raise ValueError(f"category_id {entry['category_id']} is no category of this file")
-    if len(entry["bbox"]) != 4:
-        raise ValueError(f"bbox is {entry['bbox']}, not four numbers")
-    return entry
+    crowd = entry.get("iscrowd") or entry.get("ignore") or 0
+    mended = {**entry,
+              "image_id": identity(entry["image_id"], "image_id"),
+              "category_id": identity(entry["category_id"], "category_id"),
+              "bbox": numbers(entry["bbox"] or (), "bbox"),
+              "iscrowd": 1 if crowd is True else number(crowd, "iscrowd")}
+    for key in ("keypoints", "ignore"):                             # not used; detectron2 stumbles on them
+        mended.pop(key, None)
+    if mended["category_id"] not in categories:
+        raise ValueError(f"category_id {mended['category_id']} is no category of this file")
+    if len(mended["bbox"]) != 4:
+        raise ValueError(f"bbox is {mended['bbox']}, not four numbers")
+    return mended
 
 
-def are_corners(entries, images):
-    """Whether each bbox is x1 y1 x2 y2: all fit their pictures so, and as x y w h some leave them by far."""
-    leaves = False
-    for entry in entries:
-        x, y, w, h = entry["bbox"]
-        width, height = images[entry["image_id"]]["width"], images[entry["image_id"]]["height"]
-        if not (0 <= x < w <= width + 0.5 and 0 <= y < h <= height + 0.5):
-            return False
-        leaves |= x + w > 1.05 * width or y + h > 1.05 * height
-    return leaves
+def mend_boxes(entries, images, said):
+    """Cuts boxes at the border of their pictures and gives them areas, in place; says what is odd of them.
 
-
-def mend_box(entry, image, corners):
-    """Cuts a box at the border of its picture, in place, and sets its area. -> what is said of it, or None"""
-    x1, y1, x2, y2 = entry["bbox"]
-    if not corners:
-        x2, y2 = x1 + x2, y1 + y2
-    width, height = image["width"], image["height"]
-    leaves = min(x1, y1) < -0.5 or x2 > width + 0.5 or y2 > height + 0.5        # half a pixel is rounding
-    if leaves or corners:
-        x1, x2 = np.clip((x1, x2), 0, width).tolist()
-        y1, y2 = np.clip((y1, y2), 0, height).tolist()
-        entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-    try:
-        entry["area"] = number(entry.get("area"), "area")
-    except ValueError:
-        entry["area"] = (x2 - x1) * (y2 - y1)
-    if x2 <= x1 or y2 <= y1:
-        return "boxes have no area in their picture: nothing trains on them or finds them"
+    ValueError if all boxes are shares of their picture.
+    """
+    pictures = [images[entry["image_id"]] for entry in entries]
+    names = np.array([picture["file_name"] for picture in pictures])
+    sizes = np.array([(picture["width"], picture["height"]) for picture in pictures])
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=float)
+    if boxes.max() <= 1:
+        raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
+                         "file; COCO's is x, y, width, height in pixels")
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    as_corners = (low >= 0) & (boxes[:, 2:] > low) & (boxes[:, 2:] <= sizes + 0.5)
+    corners = as_corners.all() and (high > 1.05 * sizes).any()      # some by far do not fit as x y w h
     if corners:
-        return "boxes have a bbox of corners x1 y1 x2 y2, or some would leave their picture: taken so"
-    return "boxes leave their picture: cut at its border" if leaves else None
+        high = boxes[:, 2:]
+    leaves = ((low < -0.5) | (high > sizes + 0.5)).any(axis=1)      # half a pixel is rounding
+    cut_low, cut_high = np.clip(low, 0, sizes), np.clip(high, 0, sizes)
+    empty = (cut_high <= cut_low).any(axis=1)
+    for i, entry in enumerate(entries):
+        if corners or leaves[i]:
+            entry["bbox"] = [*cut_low[i].tolist(), *(cut_high[i] - cut_low[i]).tolist()]
+        try:
+            entry["area"] = number(entry.get("area"), "area")
+        except ValueError:
+            entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    for fault, where in (
+            ("boxes have no area in their picture: nothing trains on them or finds them", empty),
+            ("boxes have a bbox of corners x1 y1 x2 y2, or some would leave their picture: taken so",
+             ~empty & corners),
+            ("boxes leave their picture: cut at its border", ~empty & leaves)):
+        said[fault] += names[where].tolist()
+
+
+def mend_crowds(entries, images, said):
+    """Takes crowds alone as things, in place; says where boxes are crowds."""
+    places = [images[entry["image_id"]]["file_name"] for entry in entries if entry["iscrowd"]]
+    fault = "boxes are crowds (iscrowd 1): nothing trains on them or counts them"
+    if len(places) == len(entries):                 # CVAT and datumaro write it beside every run-length mask
+        fault = "boxes are crowds (iscrowd 1) like all of this file: taken as things"
+        for entry in entries:
+            entry["iscrowd"] = 0
+    said[fault] += places
 
 
 def run_lengths(text):
@@ -153,19 +171,22 @@ def run_lengths(text):
     return lengths
 
 
-def mend_mask(mask, box, image):
-    """A mask of a box x y w h in a form that detectron2 reads, or None; and what is said of it, or None."""
+def mend_run_length(mask, image):
+    """A run-length mask, or None if it does not fill its picture; what is said of it, or None."""
+    size, counts = numbers(mask["size"], "size"), mask["counts"]
+    if isinstance(counts, list):
+        counts = lengths = numbers(counts, "counts")
+    else:
+        lengths = run_lengths(counts)
+    if size != [image["height"], image["width"]] or sum(lengths) != math.prod(size) or min(lengths) < 0:
+        # pycocotools would never return, or decode memory that nobody wrote.
+        return None, "boxes have a run-length mask that does not fill height x width of its picture"
+    return {"size": size, "counts": counts}, None
+
+
+def mend_polygons(mask, box):
+    """The polygons of a box x y w h, each x1 y1 x2 y2 ..., or None; what is said of them, or None."""
     said, polygons = None, []
-    if isinstance(mask, dict):
-        size, counts = [number(side, "size") for side in mask["size"]], mask["counts"]
-        if isinstance(counts, list):
-            counts = lengths = [number(length, "counts") for length in counts]
-        else:
-            lengths = run_lengths(counts)
-        if size != [image["height"], image["width"]] or sum(lengths) != math.prod(size) or min(lengths) < 0:
-            # pycocotools would never return, or decode memory that nobody wrote.
-            return None, "boxes have a run-length mask that does not fill height x width of its picture"
-        return {"size": size, "counts": counts}, None
     if mask and (not isinstance(mask[0], list) or len(mask[0]) == 2):
         mask = [mask]                                               # one polygon, or its points in pairs
     for polygon in mask or ():
@@ -191,10 +212,13 @@ def mend_masks(entries, images, said):
     """Mends the masks of annotations in place. All are left out if one box has none that can be used."""
     without = []
     for entry in entries:
-        image = images[entry["image_id"]]
+        image, mask = images[entry["image_id"]], entry.get("segmentation")
         x, y, w, h = entry["bbox"]
         with reading(f"{image['file_name']}: a box {entry['bbox']}, segmentation"):
-            mask, fault = mend_mask(entry.get("segmentation"), entry["bbox"], image)
+            if isinstance(mask, dict):
+                mask, fault = mend_run_length(mask, image)
+            else:
+                mask, fault = mend_polygons(mask, entry["bbox"])
         if fault:
             said[fault].append(image["file_name"])
         if mask is None and entry["iscrowd"]:
@@ -202,29 +226,8 @@ def mend_masks(entries, images, said):
         if mask is None:
             without.append(image["file_name"])
         entry["segmentation"] = mask
-    if without:
-        said["boxes have no mask that can be used: masks are left out, boxes alone are trained"] = without
-        for entry in entries:
-            del entry["segmentation"]
-
-
-def mend_boxes(entries, images, said):
-    """Mends boxes and crowds of annotations in place. ValueError if all boxes are shares of their picture."""
-    if entries and all(max(entry["bbox"]) <= 1 for entry in entries):
-        raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
-                         "file; COCO's is x, y, width, height in pixels")
-    corners = are_corners(entries, images)
-    only_crowds = all(entry["iscrowd"] for entry in entries)
-    for entry in entries:
-        name = images[entry["image_id"]]["file_name"]
-        fault = mend_box(entry, images[entry["image_id"]], corners)
-        if fault:
-            said[fault].append(name)
-        if only_crowds:                             # CVAT and datumaro write it beside every run-length mask
-            entry["iscrowd"] = 0
-            said["boxes are crowds (iscrowd 1) like all of this file: taken as things"].append(name)
-        elif entry["iscrowd"]:
-            said["boxes are crowds (iscrowd 1): nothing trains on them or counts them"].append(name)
+    said["boxes have no mask that can be used: masks are left out, boxes alone are trained"] += without
+    return not without
 
 
 def mend(content, folder, masks, tenth, said):
@@ -242,24 +245,27 @@ def mend(content, folder, masks, tenth, said):
             if key in images:
                 raise ValueError("another image has the same id: renumber")
             images[key] = {**entry, "id": key}
+    kept = set(images)
+    if tenth:                                       # the paper's list is not public
+        order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))
+        kept = set(order[:max(1, len(images) // 10)].tolist())
     for i, entry in enumerate(content["annotations"]):
         with reading(f"annotations[{i}]"):
-            entry = mend_numbers(entry, categories)
-        if entry["image_id"] in images:
+            entry = mend_annotation(entry, categories)
+        if entry["image_id"] in kept:
             entries.append(entry)
-        else:
+        elif entry["image_id"] not in images:
             said["boxes have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
-    order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))
-    if tenth:                                       # the paper's list is not public
-        kept = set(order[:max(1, len(images) // 10)].tolist())
-        images = {key: image for key, image in images.items() if key in kept}
-        entries = [entry for entry in entries if entry["image_id"] in kept]
+    for key in images.keys() - kept:
+        del images[key]
     for key, image in images.items():
         with reading(os.path.join(folder, image["file_name"])):
             images[key] = mend_image(image, folder)
+    if not entries:
+        raise ValueError(f"it has no box in its images, {len(content['annotations'])} elsewhere")
     mend_boxes(entries, images, said)
-    if masks:
-        mend_masks(entries, images, said)
+    mend_crowds(entries, images, said)
+    masks = masks and mend_masks(entries, images, said)
     ids = {entry.get("id") for entry in entries}
     renumber = len(ids) < len(entries) or not all(type(key) is int and key > 0 for key in ids)
     for i, entry in enumerate(entries, start=1):
@@ -297,41 +303,48 @@ def read_voc(folder, split, classes, said):
             else:                                                   # datumaro writes none without a box
                 tree = xml.etree.ElementTree.Element("annotation")
                 said["pictures have no xml file: taken as pictures without a box"].append(path.name)
-            image = {side: tree.findtext(f"size/{side}") for side in ("width", "height")}
-            image.update(id=len(images) + 1, file_name=f"{name}.jpg")
-            if not Path(folder, "JPEGImages", image["file_name"]).exists() and tree.findtext("filename"):
-                image["file_name"] = tree.findtext("filename")      # a PNG, for example
-            images.append(image)
+            picture = f"{name}.jpg"
+            if not Path(folder, "JPEGImages", picture).exists():    # a PNG, for example
+                picture = tree.findtext("filename") or picture
+            images.append({"id": len(images) + 1, "file_name": picture,
+                           "width": tree.findtext("size/width"), "height": tree.findtext("size/height")})
             for thing in tree.findall("object"):
                 label = (thing.findtext("name") or "").strip()
                 if label not in classes:
                     raise ValueError(f"name is {label!r}, none of --classes {','.join(classes)}")
-                corners = [number(thing.findtext(f"bndbox/{key}"), key)
-                           for key in ("xmin", "ymin", "xmax", "ymax")]
-                x1, y1, x2, y2 = map(round, corners)                # counted from 1, both ends included
-                if [x1, y1, x2, y2] != corners:
-                    said["boxes have corners that are no whole numbers: rounded"].append(path.name)
-                entries.append({"id": len(entries) + 1, "image_id": image["id"], "iscrowd": 0,
+                x1, y1, x2, y2 = [number(thing.findtext(f"bndbox/{key}"), key)
+                                  for key in ("xmin", "ymin", "xmax", "ymax")]
+                entries.append({"id": len(entries) + 1, "image_id": len(images), "iscrowd": 0,
                                 "category_id": classes.index(label) + 1,
-                                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+                                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],     # both ends included
                                 "difficult": number(thing.findtext("difficult") or 0, "difficult")})
     categories = [{"id": i, "name": name.replace("/", "_")} for i, name in enumerate(classes, start=1)]
     return {"images": images, "annotations": entries, "categories": categories}
 
 
-def write_voc(content, folder):
-    """COCO's json as the VOC tree that detectron2's evaluator reads: a list, and an xml file a picture."""
+def write_voc(content, folder, said):
+    """COCO's json as the VOC tree that detectron2's evaluator reads: a list, and an xml file a picture.
+
+    The evaluator takes whole numbers alone, so the boxes are rounded, in `content` too.
+    """
     names = {entry["id"]: escape(entry["name"]) for entry in content["categories"]}
-    things = {entry["id"]: "" for entry in content["images"]}
+    things = collections.defaultdict(str)
     for entry in content["annotations"]:
         x, y, w, h = entry["bbox"]
+        x1, y1, x2, y2 = round(x), round(y), round(x + w), round(y + h)
+        if [x1, y1, x2, y2] != [x, y, x + w, y + h]:
+            said["boxes have corners that are no whole numbers: rounded for the evaluation"].append(
+                content["images"][entry["image_id"] - 1]["file_name"])
+        entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
         things[entry["image_id"]] += VOC_OBJECT.format(names[entry["category_id"]], entry["difficult"],
-                                                       x + 1, y + 1, x + w, y + h)
+                                                       x1 + 1, y1 + 1, x2, y2)
     for part in ("Annotations", "ImageSets/Main"):
         os.makedirs(f"{folder}/{part}", exist_ok=True)
-    for image_id, text in things.items():
-        Path(folder, "Annotations", f"{image_id}.xml").write_text(f"<annotation>{text}</annotation>")
-    Path(folder, "ImageSets", "Main", "val.txt").write_text("".join(f"{image_id}\n" for image_id in things))
+    with open(f"{folder}/ImageSets/Main/val.txt", "w") as split:
+        for image in content["images"]:
+            split.write(f"{image['id']}\n")
+            text = f"<annotation>{things[image['id']]}</annotation>"
+            Path(folder, "Annotations", f"{image['id']}.xml").write_text(text)
 
 
 def find_sets(args):
@@ -353,35 +366,39 @@ def register(name, folder, labels, classes):
     """A set under detectron2's name. Each process reads it by itself, when it needs it."""
     datasets.register_coco_instances(name, {}, labels, folder)
     MetadataCatalog.get(name).set(thing_classes=classes)
-    if name.startswith("voc"):                                      # where write_voc wrote
+    if name == "voc2007_test":                                      # where write_voc wrote
         MetadataCatalog.get(name).set(dirname=labels.removesuffix(".json"), split="val", year=2007)
 
 
-def mend_set(args, name, folder, labels, training, said):
-    """Reads and mends a set. -> its content, the json that detectron2 reads, the folder of its pictures"""
+def load_set(args, name, folder, labels, training, said):
+    """Reads and mends a set, whose classes are those of `training`, if given, and registers it.
+
+    -> its content, the folder of its pictures, the json that detectron2 reads: the given one, where nothing
+    had to change, as in COCO itself, or a copy in --out.
+    """
     copy = f"{args.out}/{name}.json"
     tenth = args.protocol == "minicoco-c4" and name == "coco_train"
     if name.startswith("voc"):
-        folder, content = f"{folder}/JPEGImages", read_voc(folder, labels, args.classes, said)
-        content = mend(content, folder, False, tenth, said)
-        match_classes(content, training or content["categories"])
-        write_voc(content, copy.removesuffix(".json"))
+        folder, before = f"{folder}/JPEGImages", read_voc(folder, labels, args.classes, said)
     else:
         before = json.loads(Path(labels).read_bytes())
-        content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
-        match_classes(content, training or content["categories"])
-        if content == before:                                       # COCO itself: nothing had to change
-            return content, labels, folder
-    stage.write_atomically(copy, lambda file: file.write(json.dumps(content).encode()))
-    return content, copy, folder
+    content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
+    match_classes(content, training or content["categories"])
+    if name == "voc2007_test":
+        write_voc(content, copy.removesuffix(".json"), said)
+    if name.startswith("voc") or content != before:
+        stage.write_atomically(copy, lambda file: file.write(json.dumps(content).encode()))
+        labels = copy
+    return content, folder, labels
 
 
 def load_data(args):
     """Mends, counts and registers the protocol's sets. -> what all processes must know of them
 
-    sets: [(detectron2's name, folder, json)], validation last; digests of their labels; images: of training;
-    masks: whether all boxes have one; run_length: whether one of training is no polygon; notes: lines, said
-    already; source: labels and folder of validation.
+    sets: [(detectron2's name, folder, json)], validation last; classes: their names; digests of their labels;
+    images: how many train; minicoco: their ids, if they are a tenth; masks: whether all boxes have one;
+    run_length: whether one of training is no polygon; notes: lines, said already; source: labels and folder
+    of validation.
     """
     data = SimpleNamespace(sets=[], digests=[], images=0, masks=True, run_length=False, notes=[])
     categories = None
@@ -389,27 +406,24 @@ def load_data(args):
         data.source = f"{labels} of {folder}"
         said = collections.defaultdict(list)
         with reading(data.source):
-            content, labels, folder = mend_set(args, name, folder, labels, categories, said)
-            images, boxes = content["images"], content["annotations"]
-            for fault, places in said.items():
+            content, folder, labels = load_set(args, name, folder, labels, categories, said)
+        images, boxes, categories = content["images"], content["annotations"], content["categories"]
+        for fault, places in said.items():
+            if places:
                 total = len(images if fault.startswith("pictures") else boxes)
                 data.notes.append(f"{data.source}: {len(places)} of {total} {fault} (first: {places[0]})")
                 stage.say(data.notes[-1])
-            if not boxes:
-                raise ValueError("it has no box")
-            categories = content["categories"]
-            data.classes = [entry["name"] for entry in sorted(categories, key=lambda entry: entry["id"])]
+        data.classes = [entry["name"] for entry in sorted(categories, key=lambda entry: entry["id"])]
         register(name, folder, labels, data.classes)
         data.sets.append((name, folder, labels))
         data.digests.append(stage.digest(repr(entry).encode() for entry in [*images, *boxes]))
-        data.masks = data.masks and "segmentation" in boxes[0]
+        data.masks &= "segmentation" in boxes[0]
         if name.endswith(("train", "trainval")):
             data.images += len(images)
-            data.run_length |= any(isinstance(box.get("segmentation"), dict) and not box["iscrowd"]
-                                   for box in boxes)
+            for box in boxes:
+                data.run_length |= isinstance(box.get("segmentation"), dict) and not box["iscrowd"]
         if args.protocol == "minicoco-c4" and name == "coco_train":
             data.minicoco = sorted(image["id"] for image in images)
-            data.minicoco_digest = stage.digest(str(image).encode() for image in data.minicoco)
     return data
 
 
@@ -457,54 +471,59 @@ def find_all(name, evaluator):
     absent = len(MetadataCatalog.get(name).thing_classes) - len(seen)
     if absent and name.startswith("voc"):
         reasons.append(f"{absent} classes have no box (--classes)")
-    return reasons
+    return "; ".join(reasons) or "the evaluator does not say why"
 
 
 def rehearse(cfg, source):
-    """Evaluates the validation set's truth as if it were detections, and draws a picture. All ranks call it.
+    """Evaluates the validation set's truth as if it were detections, and draws it. All ranks call it.
 
     -> on rank 0 a line for each AP under 100, the ceiling of the set. A truth that finds nothing is refused.
     """
-    evaluator = build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    name, notes = cfg.DATASETS.TEST[0], []
+    evaluator = build_evaluator(cfg, name)
     evaluator.reset()
     if not comm.is_main_process():
         evaluator.evaluate()
-        return []
-    notes = []
+        return notes
     with reading(source), contextlib.redirect_stdout(io.StringIO()):
-        reasons = find_all(cfg.DATASETS.TEST[0], evaluator) or ["the evaluator does not say why"]
-        draw(cfg, 1, perfect, f"{cfg.OUTPUT_DIR}/truth.png")
+        reasons = find_all(name, evaluator)
         for kind, values in evaluator.evaluate().items():
-            if not values["AP"] > 99.95:
-                notes.append(f"the truth of {source} itself reaches {kind} AP {values['AP']:.1f}, the "
-                             f"ceiling of this set: {'; '.join(reasons)}")
+            reached = f"the truth itself reaches {kind} AP {values['AP']:.1f}"
             if not values["AP"] > 0:
-                raise ValueError(f"the truth itself reaches {kind} AP {values['AP']}: {'; '.join(reasons)}")
+                raise ValueError(f"{reached}: {reasons}")
+            if values["AP"] < 99.95:
+                notes.append(f"{source}: {reached}, the ceiling of this set: {reasons}")
+    stage.attempt("truth.png", draw, name, [perfect], f"{cfg.OUTPUT_DIR}/truth.png")
     return notes
 
 
 # ---- 3  Draw ---------------------------------------------------------------------------------------------
 
+def draw_cell(item, found, classes):
+    """A picture with what was found, in 480 x 360 pixels. -> (3, 360, 480) in [0, 1]"""
+    cell = torch.from_numpy(read_image(item["file_name"], "RGB").copy()).permute(2, 0, 1)
+    scale = min(480 / item["width"], 360 / item["height"])
+    cell = resize(cell, [max(1, int(scale * side)) for side in cell.shape[1:]])
+    found = found[found.pred_boxes.nonempty()]
+    if len(found) and found.has("pred_masks"):
+        masks = resize(found.pred_masks.float(), cell.shape[1:]) > 0.5
+        cell = draw_segmentation_masks(cell, masks, alpha=0.4, colors="lime")
+    if len(found):
+        names = [f"{classes[i]} {score:.2f}" for i, score in zip(found.pred_classes, found.scores)]
+        cell = draw_bounding_boxes(cell, found.pred_boxes.tensor * scale, names, "lime", width=2)
+    return pad(cell, [0, 0, 480 - cell.shape[2], 360 - cell.shape[1]], fill=255) / 255
+
+
 @torch.no_grad()
-def draw(cfg, count, detect, path):
-    """`count` pictures, each twice: the truth; what `detect` finds with score 0.5, or its best three."""
-    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
-    items = [item for item in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if item["annotations"]]
+def draw(name, detectors, path, count=8):
+    """`count` pictures of a set, each with what each detector finds with score 0.5, or its best three."""
+    classes = MetadataCatalog.get(name).thing_classes
+    items = [item for item in DatasetCatalog.get(name) if item["annotations"]]
     cells = []
     for item in items[::max(1, len(items) // count)][:count]:
-        image = torch.from_numpy(read_image(item["file_name"], "RGB").copy()).permute(2, 0, 1)
-        scale = min(480 / item["width"], 360 / item["height"])
-        image = resize(image, [max(1, int(scale * side)) for side in image.shape[1:]])
-        found = detect(item)
-        sure = found.scores >= 0.5
-        for shown in (perfect(item), found[sure] if sure.any() else found[:3]):
-            shown, cell = shown[shown.pred_boxes.nonempty()], image
-            if len(shown) and shown.has("pred_masks"):
-                masks = resize(shown.pred_masks.float(), image.shape[1:]) > 0.5
-                cell = draw_segmentation_masks(cell, masks, alpha=0.4, colors="lime")
-            if len(shown):
-                names = [f"{classes[i]} {score:.2f}" for i, score in zip(shown.pred_classes, shown.scores)]
-                cell = draw_bounding_boxes(cell, shown.pred_boxes.tensor * scale, names, "lime", width=2)
-            cells.append(pad(cell, [0, 0, 480 - cell.shape[2], 360 - cell.shape[1]], fill=255) / 255)
+        for detect in detectors:
+            found = detect(item)
+            sure = found.scores >= 0.5
+            cells.append(draw_cell(item, found[sure] if sure.any() else found[:3], classes))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     save_image(cells, path, nrow=4, padding=4)

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -37,7 +38,7 @@ try:
     import detectron2.engine.defaults
     from detectron2 import modeling
     from detectron2.config import get_cfg
-    from detectron2.data import DatasetMapper, datasets
+    from detectron2.data import DatasetMapper, MetadataCatalog, datasets
     from detectron2.engine import DefaultTrainer, default_setup, hooks
     from detectron2.layers import get_norm
     from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
@@ -47,7 +48,7 @@ try:
     from detectron2.utils.env import seed_all_rng
     from detectron2.utils.file_io import PathManager
 
-    from detsets import build_evaluator, draw, load_data, reading, register, rehearse
+    from detsets import build_evaluator, draw, load_data, perfect, reading, register, rehearse
 except ImportError as error:
     sys.exit(f"finetune_det.py: error: detectron2 cannot be imported ({error}); `make install` brings it")
 
@@ -100,7 +101,7 @@ def get_args(argv=None):
     args = parser.parse_intermixed_args(argv)
 
     args.out = args.out or f"runs/det_{args.protocol}"
-    args.classes = [name.strip() for name in args.classes.split(",")]
+    args.classes = list(map(str.strip, args.classes.split(",")))
     own = [args.train_images, args.train_json, args.val_images, args.val_json]
     if any(own) != all(own) or not args.export and bool(args.data) == any(own):
         parser.error("give --data DIR, or --train-images, --train-json, --val-images and --val-json")
@@ -183,6 +184,18 @@ class Trainer(DefaultTrainer):
 
 
 @contextlib.contextmanager
+def building():
+    """Makes one line of what detectron2 refuses of KEY VALUE. What any other file raises is a bug."""
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not {"detectron2", "fvcore"} & set(place.parts):
+            raise
+        raise stage.Refusal(f"KEY VALUE: {stage.last_line(error)}") from error
+
+
+@contextlib.contextmanager
 def running():
     """Makes one line of what the world does to a training: pictures, losses and workers that fail."""
     try:
@@ -224,8 +237,8 @@ def protocol_config(protocol, weights, device, depth):
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if depth >= 50 else 64
     cfg.MODEL.RESNETS.NORM = norm                               # [paper 5: SyncBN everywhere]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = weights.stride_in_1x1     # torchvision strides in the 3x3
-    cfg.MODEL.PIXEL_MEAN = [round(255 * x, 3) for x in weights.pixel_mean]
-    cfg.MODEL.PIXEL_STD = [round(255 * x, 3) for x in weights.pixel_std]
+    cfg.MODEL.PIXEL_MEAN = np.round(255 * np.array(weights.pixel_mean), 3).tolist()
+    cfg.MODEL.PIXEL_STD = np.round(255 * np.array(weights.pixel_std), 3).tolist()
     cfg.INPUT.FORMAT = weights.channel_order
     cfg.TEST.PRECISE_BN.ENABLED = True
     cfg.SOLVER.MAX_ITER = iterations
@@ -248,29 +261,35 @@ def protocol_config(protocol, weights, device, depth):
 def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
     """The protocol for these labels, processes and overrides. -> it, lines: what differs"""
     iterations, steps, warmup = PROTOCOLS[protocol][2:5]
-    given = dict(zip(opts[::2], opts[1::2]))
+    given = set(opts[::2])
+    wanted = get_cfg()
     with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
-        depth = int(given.get("MODEL.RESNETS.DEPTH", re.sub(r"\D", "", weights.resnet)))
-        cfg = protocol_config(protocol, weights, device, depth)
-        stated = flat(cfg)
-        # Two images a GPU, as MoCo's. For another batch detectron2's linear rule, counted in images.
-        batch = int(given.get("SOLVER.IMS_PER_BATCH", 2 * world))
-        cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
-        cfg = Trainer.auto_scale_workers(cfg, batch)
-        cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                     # Trainer would scale it once more
-        cfg.SOLVER.CHECKPOINT_PERIOD = stated["SOLVER.CHECKPOINT_PERIOD"]       # a kill must not cost more
-        total = int(given.get("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER))
-        falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
-        cfg.SOLVER.STEPS = tuple(sorted(falls))                 # the scheduler takes none at the end
-        cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
-        if data:
-            cfg.DATASETS.TRAIN = tuple(name for name, *_ in data.sets[:-1])
-            cfg.DATASETS.TEST = (data.sets[-1][0],)
-            cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
-            cfg.MODEL.MASK_ON = data.masks
-            cfg.INPUT.MASK_FORMAT = "bitmask" if data.run_length else "polygon"
-        by_labels = flat(cfg)
-        cfg.merge_from_list(list(opts))
+        wanted.merge_from_list(list(opts))
+    depth = int(re.sub(r"\D", "", weights.resnet))
+    if "MODEL.RESNETS.DEPTH" in given:
+        depth = wanted.MODEL.RESNETS.DEPTH
+    cfg = protocol_config(protocol, weights, device, depth)
+    stated = flat(cfg)
+
+    # Two images a GPU, as MoCo's. For another batch detectron2's linear rule, counted in images.
+    batch = wanted.SOLVER.IMS_PER_BATCH if "SOLVER.IMS_PER_BATCH" in given else 2 * world
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
+    cfg = Trainer.auto_scale_workers(cfg, batch)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                         # Trainer would scale it once more
+    cfg.SOLVER.CHECKPOINT_PERIOD = stated["SOLVER.CHECKPOINT_PERIOD"]           # a kill must not cost more
+    total = wanted.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in given else cfg.SOLVER.MAX_ITER
+    falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
+    cfg.SOLVER.STEPS = tuple(sorted(falls))                     # the scheduler takes none at the end
+    cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
+
+    if data:
+        cfg.DATASETS.TRAIN = tuple(name for name, *_ in data.sets[:-1])
+        cfg.DATASETS.TEST = (data.sets[-1][0],)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
+        cfg.MODEL.MASK_ON = data.masks
+        cfg.INPUT.MASK_FORMAT = "bitmask" if data.run_length else "polygon"
+    by_labels = flat(cfg)
+    cfg.merge_from_list(list(opts))
     for key in OF_LABELS:
         value = flat(cfg)[key]
         if data and value != by_labels[key] and str(value) not in ("False", "bitmask"):
@@ -348,17 +367,25 @@ def export(args):
     theirs.merge_from_file(os.path.join(ZOO, base))
     theirs, ours = flat(theirs), flat(build_config(args.protocol, weights)[0])
     ours["MODEL.WEIGHTS"] = args.export
-    keys = [key for key in ours if key.startswith(("MODEL.", "INPUT.")) and not key.endswith(".NAME") and
-            ours[key] != theirs[key]]                               # names: the extra norm is ours alone
-    pairs = [f"{key} {ours[key]}".replace(", ", ",") for key in keys]           # a word each for the shell
-    print(f"{args.export}: {weights.source}; use it with detectron2's {base} and", *pairs)
+    words = []
+    for key, value in ours.items():
+        named = key.endswith(".NAME")                               # the extra norm is ours alone
+        if key.startswith(("MODEL.", "INPUT.")) and not named and value != theirs[key]:
+            words += [key, str(value).replace(" ", "")]             # a word each for the shell
+    print(f"{args.export}: {weights.source}; use it with detectron2's {base} and", *words)
 
 
 # ---- Results ---------------------------------------------------------------------------------------------
 
-def paper_rows(protocol):
-    """{'paper: InsLoc, 200 epochs': {'APbb': '39.5', ...}}: all rows of the paper's tables of a protocol."""
+def paper_rows(protocol, classes):
+    """{'paper: InsLoc, 200 epochs': {'APbb': '39.5', ...}}: all rows of the paper's tables of a protocol.
+
+    None beside the numbers of other classes than VOC's 20 or COCO's 80.
+    """
     rows = collections.defaultdict(dict)
+    papers = MetadataCatalog.get("voc_2007_test" if protocol == "voc-c4" else "coco_2017_val").thing_classes
+    if set(classes) != set(papers):
+        return rows
     table = Path(__file__).with_name("docs") / "paper_tables.csv"
     try:
         for row in csv.DictReader(table.read_text().splitlines()):
@@ -451,11 +478,12 @@ def train(cfg, weights, arch, last):
     begun = int("0" + re.sub(r"\D", "", last))
     # The iteration goes in: else a run that is often killed would see the same first images again and again.
     seed_all_rng(cfg.SEED + 1000 * begun + comm.get_rank())
-    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
+    with building():
         trainer = Trainer(cfg)
     model = getattr(trainer.model, "module", trainer.model)
     save = trainer.checkpointer.save
-    trainer.checkpointer.save = reading(f"{cfg.OUTPUT_DIR}, a checkpoint")(save)        # a full disk
+    full_disk = reading(f"{cfg.OUTPUT_DIR}, a checkpoint", (OSError, RuntimeError))
+    trainer.checkpointer.save = full_disk(save)
     for hook in trainer._hooks:
         if isinstance(hook, hooks.PeriodicCheckpointer):
             hook.max_to_keep = 2
@@ -476,13 +504,24 @@ def train(cfg, weights, arch, last):
 
 def evaluate(cfg):
     """The detector of a trial that was trained, and its metrics."""
-    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
+    with building():
         model = Trainer.build_model(cfg)
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     with reading(path):
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     with running():
         return model, Trainer.test(cfg, model)
+
+
+def draw_detections(cfg, model):
+    """detections.png of a trial: pictures of the validation set, with the truth and with what is found."""
+    mapper = DatasetMapper(cfg, is_train=False)
+
+    def detect(item):
+        return model([mapper(item)])[0]["instances"].to("cpu")
+
+    model.eval()
+    draw(cfg.DATASETS.TEST[0], [perfect, detect], f"{cfg.OUTPUT_DIR}/detections.png")
 
 
 def main(rank, device, args):
@@ -495,9 +534,10 @@ def main(rank, device, args):
 
     # ---- What is done: planned and checked on rank 0, which alone reads all labels ----
     stage.check_ranks(vars(args))
-    arch, weights, plan, paper = PROTOCOLS[args.protocol][0], get_weights(args), None, None
+    arch, weights, plan = PROTOCOLS[args.protocol][0], get_weights(args), None
     if rank == 0:
-        data, paper = load_data(args), paper_rows(args.protocol)
+        data = load_data(args)
+        paper = paper_rows(args.protocol, data.classes)             # read before anything is trained
         opts = ["DATALOADER.NUM_WORKERS", args.workers, *args.opts]
         cfg, notes = build_config(args.protocol, weights, data, args.world, args.device, opts)
         check_settings(args, cfg, data, weights)
@@ -539,10 +579,7 @@ def main(rank, device, args):
             trials.append({"seed": cfg.SEED, **metrics})
             if not args.eval_only:
                 stage.write_atomically(str(done), lambda f: f.write(json.dumps(trials[-1]).encode()))
-            mapper = DatasetMapper(cfg, is_train=False)
-            model.eval()
-            draw(cfg, 8, lambda item: model([mapper(item)])[0]["instances"].to("cpu"),
-                 f"{cfg.OUTPUT_DIR}/detections.png")
+            stage.attempt("detections.png", draw_detections, cfg, model)
     if rank == 0:
         report(args, cfg, notes, data, weights.source, trials, paper)
 

@@ -244,11 +244,7 @@ def start_processes(count, main, args, prepared):
         for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        codes = [None]                                              # None: that process still runs
-        while None in codes and not any(codes):
-            alive = [process.sentinel for process in context.processes if process.is_alive()]
-            multiprocessing.connection.wait(alive)
-            codes = [process.exitcode for process in context.processes]
+        codes = wait_for(context.processes)
         if not any(codes):
             return
         with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):
@@ -258,6 +254,16 @@ def start_processes(count, main, args, prepared):
         if killed:
             raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(args.out)}")
         explain(context)
+
+
+def wait_for(processes):
+    """The exit codes, None while a process runs, as soon as one has failed or all have ended."""
+    codes = [None] * len(processes)
+    while None in codes and not any(codes):
+        running = [process.sentinel for process, code in zip(processes, codes) if code is None]
+        multiprocessing.connection.wait(running)
+        codes = [process.exitcode for process in processes]
+    return codes
 
 
 def explain(context):
@@ -381,7 +387,7 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
             if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
             end_workers()
-            with contextlib.suppress(OSError):      # Python removes it in the end, and complains if it is gone
+            with contextlib.suppress(OSError):      # Python removes it in the end, or complains
                 os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
             raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
                           "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "

@@ -4,6 +4,7 @@ One rule reads them all: the one place in the file whose layers a torchvision Re
 place is what stands before torchvision's names: "state_dict.module.encoder_q." for example.
 """
 import argparse
+import math
 import os
 import pickle
 import re
@@ -11,7 +12,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
+import safetensors.torch
 import torch
 from torchvision.transforms.v2.functional import center_crop, resize
 
@@ -23,36 +24,28 @@ INPUTS = {              # mean and std of pixels, order of channels, stride in t
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "RGB", False),
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "RGB", False),
     "caffe": ((103.53 / 255, 116.28 / 255, 123.675 / 255), (1 / 255, 1 / 255, 1 / 255), "BGR", True)}
-SAYS = [                # what a file may say of its net, the inputs that fit, and how it is written
-    ("Caffe by its name", {"caffe"},
-     r"^(file|.*__author__): .*(caffe|msra|detectron2 model zoo)|res2_0_branch2a_w"),
-    ("that it is a detector of detectron2's, by default of BGR", {"caffe"},
-     r"\A(?s:(?!.*(pixel_mean|\bformat\W{1,5}(bgr|rgb)|res5\.norm\.)).*)proposal_generator\."),
-    ("BGR", {"caffe"}, r"to_rgb\W{1,5}false|\bformat\W{1,5}bgr"),
-    ("RGB", {"imagenet", "zero-one"}, r"to_rgb\W{1,5}true|\bformat\W{1,5}rgb"),
-    ("stride in the 1x1", {"caffe"}, r"\bstyle\W{1,5}caffe|(stride_(in_)?1x1|in_bottleneck)\W{1,5}true"),
-    ("stride in the 3x3", {"imagenet", "zero-one"}, r"\bstyle\W{1,5}pytorch|stride_(in_)?1x1\W{1,5}false"),
-    ("dilated layers", set(), r"\bdilations?\W{1,5}[\d, ]*[2-9]|\baux_classifier\.|\boutput_stride\W+(8|16)"),
-    ("layers against aliasing", set(), r"\bresnet(aa|blur)\d"),
-    ("norms of another eps", set(), r"(norm_cfg\W+dict\([^)]*\beps|bn_eps)\W{1,4}(?!1e-0?5\b)\d")]
-TRIPLE = re.compile(r"\b(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s?\b\W{1,12}?NUM[\s,-]+NUM[\s,-]+NUM"
-                    r"(?![\d.]|[\s,-]*\d)".replace("NUM", r"(\d+\.?\d*(?:e-?\d+)?)"))
+# What a file may say of its net, in words as `words_of` writes them, and the inputs that fit.
+SAYS = [(r"caffe(?!2)|msra|detectron2 model zoo|res2_0_branch2a_w", {"caffe"}),                 # its name
+        (r"to_rgb false|format bgr", {"caffe"}),                        # mmdetection's, detectron2's
+        (r"to_rgb true|format rgb", {"imagenet", "zero-one"}),
+        (r"style caffe|(stride_in_1x1|downsample_in_bottleneck) true", {"caffe"}),      # ..., Hugging Face's
+        (r"style pytorch|stride_in_1x1 false", {"imagenet", "zero-one"})]
+TRIPLE = re.compile(r"(?<![^ .])(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s? ([\d.]+) ([\d.]+) ([\d.]+)"
+                    r"(?![\d.]| \d)")                                   # three numbers, and no fourth
 BESIDE = ("config.json", "preprocessor_config.json", "config.yaml")     # timm's, Hugging Face's, detectron2's
-FOREIGN = {             # what is no file of PyTorch's and what to do: how it begins, or how its name ends
-    "empty: fetch it again": rb"\A\|",
-    "a web page: fetch the file itself": rb"\A\s*<(!doctype|html)",
-    "a pointer of Git LFS: `git lfs pull` fetches the file itself": rb"\Aversion https://git-lfs",
-    "compressed: unpack it first": rb"\A(\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf)",
-    "JSON, perhaps an index of shards: give one file of all tensors": rb"\A\s*\{",
-    "HDF5, as Keras writes it: convert it to PyTorch first": rb"\A\x89HDF",
-    "an ONNX graph: convert it to PyTorch first": rb"\A\x08[\x01-\x20]\x12|\.onnx\Z",
-    "an array or archive of NumPy's: convert it to PyTorch first": rb"\A\x93NUMPY|\.npz\Z"}
-NEEDS_TRUST = {         # what only a reader that runs code takes, and how the error of the other one says so
-    "asks for ": r"GLOBAL (\S+)",
-    "is a pickle": "a pickle that()",
-    "has pickle protocol 4 or 5": "Unsupported operand()",
-    "is a TorchScript archive": "TorchScript()",
-    "is a tar file, as torch 0.1 wrote": r"\.tar format()"}
+FOREIGN = {             # how a file begins that is no file of PyTorch's: what it is, and what to do
+    b"<": "a web page: fetch the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
+    b"{": "JSON, perhaps an index of shards: give one file of all tensors",
+    b"\x08": "a protocol buffer, as of ONNX or Caffe: convert it to PyTorch first",
+    b"\x89HDF": "HDF5, as Keras writes it: convert it to PyTorch first"}
+NEEDS_TRUST = {         # what torch.load's error says where it would have to run code: what the file is
+    "Unsupported operand": "has pickle protocol 4 or 5",
+    "TorchScript": "is a TorchScript archive",
+    ".tar format": "is a tar file, as torch 0.1 wrote"}
+IGNORED = ("argparse.Namespace numpy.dtype numpy.ndarray "              # of NumPy 1 and of NumPy 2
+           "numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
+           "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct")
 AVERAGE = re.compile(r"(^|[._])(k|key|ema|target|momentum|teacher|loss)[._]")       # loss: MoCo's in VISSL
 WRAPPER = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.")
 # Parts of names: others' -> detectron2's; detectron2's -> torchvision's, and ours for neck and box head.
@@ -127,10 +120,6 @@ class Ignored:
             vars(self).update(state)
 
 
-class NotWhole(ValueError):
-    """Says what a place in a file lacks of a trunk."""
-
-
 def add_weights_arguments(parser):
     """Adds --input, --prefix and --trust, which say how to read WEIGHTS."""
     add = parser.add_argument
@@ -141,28 +130,32 @@ def add_weights_arguments(parser):
 
 # ---- What a file holds -----------------------------------------------------------------------------------
 
-def load(path, head, trust):
-    """Returns what torch.save, safetensors or a pickle wrote on the CPU; `head` is how the file begins."""
-    is_zip = head.startswith(b"PK")
-    is_torchs = is_zip or head[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." in head[:30]
-    if head[8:9] == b"{" and not is_torchs:
-        with safetensors.safe_open(path, "pt") as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}
-            return {"__metadata__": file.metadata(), **content}
-    if is_zip and zipfile.ZipFile(path).testzip():                      # torch.load compares no check sums
+def container_of(path, head):
+    """Returns "safetensors", "torch" or "pickle": who reads the file. ValueError if nobody does."""
+    if head[8:9] == b"{":
+        return "safetensors"
+    is_old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in head[:30]           # before 1.6
+    if head.startswith(b"PK") or head[257:262] == b"ustar" or is_old:
+        return "torch"
+    for start, what in FOREIGN.items():
+        if head.lstrip().startswith(start):
+            raise ValueError(f"it is {what}")
+    if head.startswith(b"\x80") or path.endswith(".pkl"):
+        return "pickle"
+    raise ValueError(f"damaged, or no file of tensors: it begins with {head[:8]}")
+
+
+def load(path, container, trust):
+    """Returns what a file holds, on the CPU. Raises whatever its reader raises."""
+    if container == "safetensors":
+        return safetensors.torch.load_file(path)
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch.load compares no check sums
         raise ValueError("a check sum is wrong")
-    with open(path, "rb") as file:
-        if is_torchs:
-            names = "argparse.Namespace numpy.dtype numpy.ndarray"
-            for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-                names += f" {module}.scalar {module}._reconstruct"
-            with torch.serialization.safe_globals([(Ignored, name) for name in names.split()]):
-                return torch.load(file, map_location="cpu", weights_only=not trust)
-        if not head.startswith(b"\x80") and not path.endswith(".pkl"):
-            raise ValueError(f"it begins with {head[:8]}")
-        if not trust:
-            raise pickle.UnpicklingError("a pickle that torch.save did not write")
-        return pickle.load(file, encoding="latin1")
+    ignored = [(Ignored, name) for name in IGNORED.split()]
+    with open(path, "rb") as file, torch.serialization.safe_globals(ignored):
+        if container == "pickle":
+            return pickle.load(file, encoding="latin1")
+        return torch.load(file, map_location="cpu", weights_only=not trust)
 
 
 def read_file(path, trust=False):
@@ -170,44 +163,46 @@ def read_file(path, trust=False):
 
     ValueError if it cannot be read, in one line that says what to do.
     """
-    if re.search(r"\.(npy|msgpack)$|ckpt-\d+(\.(index|meta|data.*))?$", path):
-        raise ValueError("it is from JAX or TensorFlow: convert it to PyTorch first")
+    if re.search(r"\.(npy|npz|msgpack)$|ckpt-\d+(\.(index|meta|data.*))?$", path):
+        raise ValueError("it is from NumPy, JAX or TensorFlow: convert it to PyTorch first")
     if not os.path.isfile(path):                                        # a pipe or a device might never end
         raise ValueError("there is no such file; in a folder, checkpoint.pth is looked for")
     with open(path, "rb") as file:
-        head = file.read(300)
-    for what, pattern in FOREIGN.items():
-        if re.search(pattern, head + b"|" + os.fsencode(path), re.IGNORECASE):
-            raise ValueError(f"it is {what}")
+        container = container_of(path, file.read(300))
+    if container == "pickle" and not trust:
+        raise ValueError("it is a pickle, which may run code: --trust reads it")
     try:
-        return load(path, head, trust)
+        return load(path, container, trust)
     except ImportError as error:
         raise ValueError(f"install {error.name}, which it asks for (JAX's files must be converted)") from None
     except AttributeError as error:
         raise ValueError(f"save a state_dict() with the program that wrote it: {error}") from None
     except Exception as error:                                          # torch.load raises whatever it meets
-        for what, pattern in NEEDS_TRUST.items():
-            met = re.search(pattern, str(error))
-            if met:
-                raise ValueError(f"it {what}{met[1]}, which may run code: --trust reads it") from None
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(f"damaged, or no file of tensors: {reason}") from None
+        raise ValueError(reason_of(str(error) or type(error).__name__)) from None
 
 
-def leaves(content):
+def reason_of(message):
+    """Returns why a file cannot be read, in one line, out of the message of torch.load or another reader."""
+    asked = re.search(r"GLOBAL (\S+)", message)
+    if asked:
+        return f"it asks for {asked[1]}, which may run code: --trust reads it"
+    for words, what in NEEDS_TRUST.items():
+        if words in message:
+            return f"it {what}, which may run code: --trust reads it"
+    return f"damaged, or no file of tensors: {message.splitlines()[0].split('. ')[0]}"
+
+
+def leaves(value, name=""):
     """Yields pairs of a name, the keys of dicts in dicts joined by dots, and what stands there."""
-    stack, seen = [("", content)], set()
-    while stack:
-        name, value = stack.pop()
-        inside = vars(value) if type(value) in (Ignored, argparse.Namespace) else value
-        if isinstance(value, torch.nn.Module):
-            inside = value.state_dict()
-        if not isinstance(inside, dict):
-            yield name, value
-        elif id(value) not in seen:                                     # a dict may hold itself
-            seen.add(id(value))
-            for key, part in reversed(inside.items()):
-                stack.append((f"{name}.{key}" if name else str(key), part))
+    if isinstance(value, (Ignored, argparse.Namespace)):
+        value = vars(value)
+    elif isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from leaves(part, f"{name}.{key}" if name else str(key))
 
 
 def is_dense(tensor):
@@ -222,33 +217,36 @@ def numbers_of(name, tensor):
     if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iuf":   # of either byte order
         tensor = torch.from_numpy(tensor.astype(np.float32 if tensor.dtype.kind == "f" else np.int64))
     if not is_dense(tensor) or not (is_counter or tensor.is_floating_point()):
-        raise NotWhole(f"{name} is quantised, sparse, without values, or not of floating-point numbers")
+        raise ValueError(f"{name} is quantised, sparse, without values, or not of floating-point numbers")
     return tensor.detach().to("cpu", torch.int64 if is_counter else torch.float32)
 
 
 # ---- What it says of its net -----------------------------------------------------------------------------
 
 def words_of(path, content):
-    """Returns what a file, and the configurations beside it, say in words, as lines of 'name: value'."""
-    lines = [f"file: {os.path.basename(path)}"]
+    """Returns what a file and the configurations beside it say, a line for each entry, as words in small
+    letters with a space between them: "img_norm_cfg dict mean 103.53 116.28 123.675 to_rgb false"."""
+    lines = [f"file {os.path.basename(path)}"]
     for name, value in content:
-        if is_dense(value) and value.numel() == 3:                      # perhaps a buffer of the pixels' mean
+        is_readable = isinstance(value, np.ndarray) or is_dense(value)
+        if is_readable and math.prod(value.shape) == 3:                 # perhaps a buffer of the pixels' mean
             value = value.flatten().tolist()
-        lines.append(f"{name}: {value}" if isinstance(value, (str, int, float, list, tuple)) else name)
+        lines.append(f"{name} {value}" if isinstance(value, (str, int, float, list, tuple)) else name)
     for name in BESIDE:
         beside = os.path.join(os.path.dirname(path), name)
         if os.path.isfile(beside):
             with open(beside, errors="replace") as file:
                 lines.append(file.read(10 ** 6))
-    return "\n".join(lines).lower()
+    return "\n".join(re.sub(r"[^\w.]+", " ", line.lower()) for line in lines)
 
 
-def check_input(words, given):
-    """Returns a remark if the words contradict the given input, or ''. ValueError if none is given.
-
-    A wrong input costs much AP, and nothing else shows it.
-    """
-    said = {what: fits for what, fits, pattern in SAYS if re.search(pattern, words, re.MULTILINE)}
+def inputs_said(words):
+    """Returns {what the words say of the net's input: the set of inputs that fit}."""
+    said = {}
+    for pattern, fits in SAYS:
+        met = re.search(pattern, words)
+        if met:
+            said[met[0]] = fits
     for kind, *numbers in TRIPLE.findall(words):
         values, fits = np.array(numbers, float), set()
         for name, (mean, std, _, _) in INPUTS.items():
@@ -256,6 +254,17 @@ def check_input(words, given):
                 if np.allclose(value, mean if kind == "mean" else std, rtol=0.02, atol=0.001):
                     fits.add(name)
         said["{} {:g} {:g} {:g}".format(kind, *values)] = fits
+    if "proposal_generator." in words and not said and "res5.norm." not in words:       # that norm is MoCo's
+        said["proposal_generator, and detectron2 takes BGR by default"] = {"caffe"}
+    return said
+
+
+def check_input(words, given):
+    """Returns a remark if the words contradict the given input, or ''. ValueError if none is given.
+
+    A wrong input costs much AP, and nothing else shows it.
+    """
+    said = inputs_said(words)
     against = ", ".join(what for what, fits in said.items() if (given or "imagenet") not in fits)
     if not against:
         return ""
@@ -314,7 +323,7 @@ def candidates(tensors, prefix):
 def trunk_at(place, tensors):
     """Returns the name of the ResNet whose layers stand at a place, and {torchvision's name: tensor} of it.
 
-    NotWhole if no ResNet loads them with strict=True, with the faults of the nearest one.
+    ValueError if no ResNet loads them with strict=True, with the faults of the nearest one.
     """
     layers, faults = {}, []
     for name, tensor in tensors.items():
@@ -328,7 +337,7 @@ def trunk_at(place, tensors):
             return resnet, net.state_dict()
         except RuntimeError as error:
             faults.append(f"{resnet} at {place!r}: {' '.join(str(error).split())}")
-    raise NotWhole(min(faults, key=count_faults))
+    raise ValueError(min(faults, key=count_faults))
 
 
 def count_faults(text):
@@ -346,7 +355,7 @@ def choose_place(tensors, prefix):
     for place in places:
         try:
             found.append((place, *trunk_at(place, tensors)))
-        except NotWhole as error:
+        except ValueError as error:
             faults.append(str(error))
     if not found:
         names = ", ".join(list(tensors)[:3]) or "no tensors (NumPy's arrays need --trust)"
@@ -413,8 +422,9 @@ def frozen_nets(args, arch, device):
     encoder is random, too. The networks are in eval mode and ask for no gradient; `.pixels` makes their input
     of uint8 images. Refusal if WEIGHTS cannot be read.
     """
-    found = {"random": random_weights(args.resnet)}
-    if args.weights != "random":
+    if args.weights == "random":
+        found = {"random": random_weights(args.resnet)}
+    else:
         try:
             given = read_weights(args.weights, args.trust, args.prefix, args.input)
         except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import pretrain
+import toy
 from stage import SIGNALS
 
 # A shell that starts pytest in the background has SIGINT ignored, which the processes below would inherit.
@@ -46,6 +47,14 @@ def write_images(folder, count, start=0):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("photos"), 40)      # three steps of 12 an epoch, four left
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small detection set in COCO's and VOC's layout. Tests that change it copy it."""
+    out = tmp_path_factory.mktemp("toy") / "world"
+    toy.write_world(str(out), train=0, val=0, det_train=20, det_val=8)
+    return out
 
 
 @pytest.fixture

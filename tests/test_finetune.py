@@ -19,17 +19,17 @@ import torch
 import toy
 from conftest import PDB_SEPARATOR
 
+import detsets
 import finetune_det as ft
 import stage
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from insloc import C4Encoder, FPNEncoder
-from test_detsets import FPN, RANDOM, empty_catalogs, loaded, own_arguments, own_set, read_json
-from test_detsets import world                      # noqa: F401  a fixture
+from test_detsets import FPN, RANDOM, empty_catalogs, loaded, own_arguments, own_set, read_json, rehearsed
 from weights import read_weights, to_detectron2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -154,7 +154,7 @@ def test_input_says_what_the_weights_were_trained_on(word, want, tmp_path):
         assert cfg.MODEL.RESNETS.DEPTH == depth
 
 
-@pytest.mark.parametrize("world, opts, want", [
+@pytest.mark.parametrize("processes, opts, want", [
     (1, [], (2, 0.0025, 720000, (480000, 640000), 8000)), (2, [], (4, 0.005, 360000, (240000, 320000), 4000)),
     (4, [], (8, 0.01, 180000, (120000, 160000), 2000)), (8, [], (16, 0.02, 90000, (60000, 80000), 1000)),
     (5, [], (10, 0.0125, 144000, (96000, 128000), 1600)),
@@ -165,8 +165,8 @@ def test_input_says_what_the_weights_were_trained_on(word, want, tmp_path):
     (1, ["SOLVER.MAX_ITER", "900"], (2, 0.0025, 900, (600, 800), 10)),
     (1, ["SOLVER.MAX_ITER", "900", "SOLVER.STEPS", "(5, 6)", "SOLVER.WARMUP_ITERS", "7"],
      (2, 0.0025, 900, (5, 6), 7))])
-def test_linear_rule(world, opts, want):
-    cfg, notes = ft.build_config("coco-c4-1x", RANDOM, world=world, opts=opts)
+def test_linear_rule(processes, opts, want):
+    cfg, notes = ft.build_config("coco-c4-1x", RANDOM, world=processes, opts=opts)
     got = cfg.SOLVER
     assert (got.IMS_PER_BATCH, got.BASE_LR, got.MAX_ITER, got.STEPS, got.WARMUP_ITERS) == want
     assert got.CHECKPOINT_PERIOD == 5000
@@ -391,13 +391,18 @@ def test_what_detectron2_itself_cannot_build_is_not_exported(resnet, protocol, t
 
 # ---- report
 
+VOC_CLASSES = MetadataCatalog.get("voc_2007_test").thing_classes
+COCO_CLASSES = MetadataCatalog.get("coco_2017_val").thing_classes
+CLASSES = {protocol: VOC_CLASSES if protocol == "voc-c4" else COCO_CLASSES for protocol in STATED}
+
+
 def test_report_has_means_deviations_and_all_rows_of_the_paper(world, tmp_path, capsys):
     args = own_set(world, tmp_path, protocol="coco-c4-2x")
     data = loaded(args)
     trials = [{"seed": seed, "bbox": {"AP": 40.0 + seed, "AP50": 60.0, "AP75": 44.0},
                "segm": {"AP": 35.0, "AP50": float("nan"), "AP75": 37.0}} for seed in range(3)]
     cfg, notes = ft.build_config("coco-c4-2x", RANDOM, data)
-    ft.report(args, cfg, notes, data, "source", trials, ft.paper_rows("coco-c4-2x"))
+    ft.report(args, cfg, notes, data, "source", trials, ft.paper_rows("coco-c4-2x", CLASSES["coco-c4-2x"]))
     text = capsys.readouterr().out
     assert re.search(r"APbb +AP50bb +AP75bb +APmk +AP50mk +AP75mk", text)
     assert re.search(" +".join(["this run: mean of 3", "41.0 ± 1.0", "60.0 ± 0.0", "44.0 ± 0.0", "35.0 ± 0.0",
@@ -417,8 +422,11 @@ def test_report_has_means_deviations_and_all_rows_of_the_paper(world, tmp_path, 
 @pytest.mark.parametrize("protocol, rows", [("voc-c4", 12), ("coco-c4-1x", 8), ("coco-c4-2x", 12),
                                             ("coco-fpn-1x", 8), ("coco-fpn-2x", 12), ("minicoco-c4", 8)])
 def test_rows_of_the_paper(protocol, rows):
-    found = ft.paper_rows(protocol)
+    found = ft.paper_rows(protocol, CLASSES[protocol])
     assert len(found) == rows
+    assert len(ft.paper_rows(protocol, sorted(CLASSES[protocol]))) == rows      # a json in another order
+    assert not ft.paper_rows(protocol, toy.CLASSES)                             # not beside toy numbers
+    assert not ft.paper_rows(protocol, CLASSES[protocol][:-1])
     if protocol == "voc-c4":
         assert found["paper: SwAV, 400 epochs"] == {"AP": "45.1", "AP50": "77.4", "AP75": "46.5"}
 
@@ -457,10 +465,9 @@ class Hostile:
         return print, ("must not run",)
 
 
-
 @pytest.mark.parametrize("arguments, said", [
     (["absent.pth", *FPN[1:]], "absent.pth: "), (["{there}/hostile.pth", *FPN[1:]], "--trust"),
-    ([*FPN, "--trials", "0"], "--trials"), 
+    ([*FPN, "--trials", "0"], "--trials"),
     ([*FPN, "--export", "x.pth"], "--export FILE.pth"), ([*FPN, "--train-images", "x"], "--train-json"),
     ([*FPN, "SOLVER.MAX_ITER"], "odd length"), ([*FPN, "SOLVER.NO_SUCH", "3"], "NO_SUCH"),
     ([*FPN, "SOLVER.MAX_ITER", "many"], "many"),
@@ -508,7 +515,7 @@ def test_a_run_says_what_it_does_and_writes_its_results(trained):
     assert re.search(r"^left at random init: 43 tensors, proposal_generator.rpn_head, ", text, re.M)
     assert re.search(r"^dropped: 4 tensors, encoder_q.projector$", text, re.M)
     assert re.search(r"^this run: mean of 1 ", text, re.M)
-    assert re.search(r"^paper: InsLoc, 400 epochs ", text, re.M)
+    assert "paper: InsLoc" not in text                          # five classes are not COCO's 80
     assert "total_loss" in text                                 # progress
     result = read_json(out / "results.json")
     assert set(result["trials"][0]) >= {"seed", "bbox", "segm"}
@@ -607,7 +614,7 @@ def test_what_the_labels_decide_is_said(world, tmp_path):
 
 def test_a_table_that_is_missing_costs_its_rows_alone(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ft, "__file__", str(tmp_path / "finetune_det.py"))
-    assert ft.paper_rows("coco-fpn-1x") == {}
+    assert ft.paper_rows("coco-fpn-1x", CLASSES["coco-fpn-1x"]) == {}
     assert "the paper's rows will be missing" in capsys.readouterr().out
 
 
@@ -641,6 +648,31 @@ def test_a_bug_in_the_mapper_keeps_its_traceback(workers, world, tmp_path, monke
              "DATALOADER.NUM_WORKERS", workers)
     lines = error.traceback if workers == "0" else str(error.value)
     assert "in planted" in str(lines) or any(entry.name == "planted" for entry in lines)
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, AssertionError])
+def test_a_bug_in_a_head_keeps_its_traceback(error, monkeypatch):
+    def broken(cfg, number):
+        raise error("planted")
+    monkeypatch.setattr(ft, "basic_stage", broken)
+    cfg, _ = ft.build_config("coco-c4-1x", RANDOM, device="cpu", opts=["MODEL.RESNETS.DEPTH", "18"])
+    with pytest.raises(error, match="planted"), ft.building():
+        build_model(cfg)
+    cfg.MODEL.ROI_HEADS.NAME = "Nobody"
+    with pytest.raises(stage.Refusal, match="KEY VALUE: .*Nobody"), ft.building():
+        build_model(cfg)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_itself_alone(world, tmp_path, monkeypatch, capsys):
+    def broken(*given, **more):
+        raise OSError("no font")
+    monkeypatch.setattr(detsets, "draw_cell", broken)
+    assert rehearsed(own_set(world, tmp_path))[2] == []
+    assert "no truth.png: OSError: no font; the run goes on" in capsys.readouterr().out
+    cfg, _ = ft.build_config("coco-fpn-1x", RANDOM, loaded(own_set(world, tmp_path)), device="cpu")
+    model = torch.nn.Identity()
+    stage.attempt("detections.png", ft.draw_detections, cfg, model)
+    assert "no detections.png" in capsys.readouterr().out
 
 
 def test_a_killed_loader_worker_is_one_line():
@@ -736,7 +768,7 @@ def test_voc_two_trials_on_two_processes_then_eval_only_on_one(world, tmp_path):
     first = read_json(tmp_path / "out" / "results.json")
     assert [trial["seed"] for trial in first["trials"]] == [0, 1]
     assert list(first["mean"]) == ["AP", "AP50", "AP75"]
-    assert "this run: mean of 2" in text and re.search(r"paper: Random init +33.8 +60.2 +33.1", text)
+    assert "this run: mean of 2" in text
     status, text, err = here(*command, "1", "--eval-only", *SHORT)
     assert status == 0, err
     assert read_json(tmp_path / "out" / "evaluation.json")["trials"] == first["trials"]

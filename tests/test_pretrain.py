@@ -232,6 +232,7 @@ def shuffle_rank(rank, world, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shuffle_takes_the_rows_of_all_ranks_and_is_undone_by_its_inverse(tmp_path):
     mp.start_processes(shuffle_rank, (2, tmp_path), 2, start_method="spawn")
 
@@ -498,6 +499,7 @@ def test_switches_change_what_the_network_sees(photos):
     assert not any(seen[a].equal(seen[b]) for a in names for b in names if a < b)
 
 
+@pytest.mark.slow
 def test_init_starts_from_other_weights(here, photos, tmp_path):
     source = tmp_path / "source"
     assert here(*FPN, "--epochs", 1, "--out", source, photos)[0] == 0

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
 from torchvision.models.detection._utils import BoxCoder
 
 import insloc
@@ -434,7 +433,7 @@ def test_real_boxes_are_scaled_with_their_photographs(real):
         assert image.shape == (3, 64, 64) and boxes[0].tolist() == pytest.approx([x, y, x + w, y + h])
 
 
-def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):
+def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):     # noqa: F811
     result = probe(probe_box, *NARROW, few, *MANY, "--boxes", *real,
                    "--out", tmp_path / "out")
     swap, loose, boxes = result["lines"]

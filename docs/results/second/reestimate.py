@@ -1,7 +1,7 @@
 """Do swap's figures come from BatchNorm's statistics? Estimates them again on composites of training images.
 
     python docs/results/second/reestimate.py RUN PHOTOS OUT.pth            # of a trained net
-    python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED]    # of a random one
+    python docs/results/second/reestimate.py narrow18 PHOTOS OUT.pth [SEED [SIZE]]     # of a random one
     python probe_box.py OUT.pth PHOTOS --image-size 96 --protocol swap --seed SEED
 """
 import os
@@ -13,10 +13,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import probe_box  # noqa: E402
 from weights import RESNETS, frozen_nets  # noqa: E402
 
-run, photos, out, *seed = sys.argv[1:]
+run, photos, out = sys.argv[1:4]
+seed = sys.argv[4] if len(sys.argv) > 4 else "0"
+size = sys.argv[5] if len(sys.argv) > 5 else "96"
 net_is = ["random", photos, "--resnet", run] if run in RESNETS else [run, photos]
-args = probe_box.get_args([*net_is, "--image-size", "96", "--device", "cpu", "--nprocs", "1", "--seed",
-                           *(seed or ["0"]), "--out", os.devnull])
+args = probe_box.get_args([*net_is, "--image-size", size, "--device", "cpu", "--nprocs", "1", "--seed", seed,
+                           "--out", os.devnull])
 nets, _ = frozen_nets(args, "c4", "cpu")
 net = nets["random" if run in RESNETS else "given"]
 (train, _), _, _ = probe_box.find_data(args)
