@@ -14,7 +14,6 @@ import types
 
 import pytest
 import torch
-from conftest import PDB_SEPARATOR
 
 from insloc import FPNEncoder, make_resnet, read_image
 
@@ -180,23 +179,22 @@ def write_toy(folder, count):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="pdb of 3.13.0 cannot, see docs/debugging.md")
 def test_the_six_breakpoints_show_what_is_promised(tmp_path):
     text = section("\n" + DEBUGGING, "Six breakpoints")
     command = re.search(r"^    python (-m pdb .*?toy/images)$", text, re.M | re.S)[1].replace("\\\n", " ")
-    words = shlex.split(command)
-    words[words.index("pretrain.py"):0] = PDB_SEPARATOR
     table, stops, typed = rows(text), [], []
     for where, keys, _ in table:
         if where:
             typed += ["c"] * bool(stops)
             stops.append(where.strip("`"))
-        assert words.count(f"tbreak {stops[-1]}") == 1
+        assert shlex.split(command).count(f"tbreak {stops[-1]}") == 1
         typed += re.findall("`(.*?)`", keys)
     assert len(stops) == 6
     for name in ("insloc", "pretrain", "stage", "weights"):
         os.symlink(f"{HERE}/{name}.py", tmp_path / f"{name}.py")
     write_toy(tmp_path, 40)
-    run = subprocess.run([sys.executable, *words], cwd=tmp_path, text=True, env=ENV,
+    run = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, text=True, env=ENV,
                          capture_output=True, input="\n".join([*typed, "q", ""]), timeout=300)
     assert "***" not in run.stdout and "Error" not in run.stdout + run.stderr, run.stdout + run.stderr
     at = 0
