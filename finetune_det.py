@@ -16,7 +16,6 @@ import contextlib
 import csv
 import functools
 import io
-import itertools
 import json
 import logging
 import os
@@ -25,13 +24,9 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.functional import pad, resize
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import stage
 from weights import add_weights_arguments, random_weights, read_weights, to_detectron2
@@ -41,16 +36,19 @@ for name in ("torch.fx", "torch.utils.cpp_extension"):
     logging.getLogger(name).setLevel(logging.ERROR)
 try:
     import detectron2.engine.defaults
-    from detectron2 import evaluation, modeling
+    from detectron2 import modeling
     from detectron2.config import get_cfg
-    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, datasets, detection_utils
+    from detectron2.data import DatasetMapper, MetadataCatalog, datasets
     from detectron2.engine import DefaultTrainer, default_setup, hooks
     from detectron2.layers import get_norm
+    from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+    from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
     from detectron2.modeling.roi_heads import FastRCNNConvFCHead, Res5ROIHeads
-    from detectron2.structures import Instances
     from detectron2.utils import comm
     from detectron2.utils.env import seed_all_rng
     from detectron2.utils.file_io import PathManager
+
+    from detsets import build_evaluator, draw, load_data, perfect, reading, register, rehearse
 except ImportError as error:
     sys.exit(f"finetune_det.py: error: detectron2 cannot be imported ({error}); `make install` brings it")
 
@@ -71,14 +69,15 @@ PROTOCOLS = {
 # What no pre-training has: RPN 6 tensors, predictor 4, extra norm 5, mask head 4 (C4) or 28 (FPN).
 NEW_PARTS = ("proposal_generator.rpn_head.", "roi_heads.box_predictor.", "roi_heads.mask_head.",
              "roi_heads.res5.norm.", "roi_heads.box_head.fc_extra_norm.")
-# Keys that change nothing of what is learnt: they may differ from the paper, and when a run is resumed.
+# Keys that change nothing of what is learnt: they may differ from the protocol, and in a resumed run.
 FREE = {"MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"}
 # Keys for which this program has arguments of its own.
 RESERVED = {"SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"}
 BEGUN = "trial0/last_checkpoint"                     # in an --out that holds a run
-# Functions that read what somebody else wrote, and the variable that says what they are at.
-READERS = {"load_data": "source", "mended": "entry", "check_picture": "file", "read_weights": "path",
-           "load_voc_instances": "anno_file", "parse_rec": "filename", "load_coco_json": "img_dict"}
+# Keys that follow from the labels.
+OF_LABELS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.MASK_ON", "INPUT.MASK_FORMAT")
+# Of MODEL's keys these may differ where a detector is only evaluated: how it is trained, where, SyncBN or BN.
+NOT_EVALUATED = re.compile("DEVICE|NORM$|_TEST$|_TRAIN$|FREEZE_AT|BATCH_SIZE|FRACTION|LOSS")
 
 
 def get_args(argv=None):
@@ -102,7 +101,7 @@ def get_args(argv=None):
     args = parser.parse_intermixed_args(argv)
 
     args.out = args.out or f"runs/det_{args.protocol}"
-    args.classes = args.classes.split(",")
+    args.classes = list(map(str.strip, args.classes.split(",")))
     own = [args.train_images, args.train_json, args.val_images, args.val_json]
     if any(own) != all(own) or not args.export and bool(args.data) == any(own):
         parser.error("give --data DIR, or --train-images, --train-json, --val-images and --val-json")
@@ -111,6 +110,8 @@ def get_args(argv=None):
     given = dict(zip(args.opts[::2], args.opts[1::2]))
     if args.trials < 1:
         parser.error("--trials must be at least 1")
+    if len({name.replace("/", "_") for name in args.classes}) < len(args.classes):
+        parser.error("--classes names a class twice")
     if RESERVED & given.keys():
         parser.error(f"{min(RESERVED & given.keys())} is set by an argument of this program, see --help")
     args.device = given.get("MODEL.DEVICE", args.device)
@@ -120,13 +121,43 @@ def get_args(argv=None):
 
 # ---- What is added to detectron2 -------------------------------------------------------------------------
 
+def basic_stage(cfg, number):
+    """The blocks of stage 0 to 3, detectron2's res2 to res5, of a ResNet-18 or 34 in any width."""
+    count = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[cfg.MODEL.RESNETS.DEPTH][number]
+    width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** number
+    before = width // 2 if number > 0 else cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
+    strides = [2 if number > 0 else 1] + [1] * (count - 1)
+    return ResNet.make_stage(BasicBlock, count, in_channels=before, out_channels=width,
+                             stride_per_block=strides, norm=cfg.MODEL.RESNETS.NORM)
+
+
+@modeling.BACKBONE_REGISTRY.register()
+def build_narrow_backbone(cfg, input_shape):
+    """A ResNet-18 or 34 of another width than detectron2's own, with an FPN if one is configured."""
+    stem = BasicStem(input_shape.channels, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, cfg.MODEL.RESNETS.NORM)
+    stages = [basic_stage(cfg, number) for number in range(4)]
+    net = ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+                 freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    if not cfg.MODEL.FPN.IN_FEATURES:
+        return net
+    return FPN(net, cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM,
+               LastLevelMaxPool(), cfg.MODEL.FPN.FUSE_TYPE)
+
+
 @modeling.ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-    """R50-C4 with a norm after the last residual block (Sec. 5.3), as MoCo's detectors have it."""
+    """C4's head with a norm after the last residual block (Sec. 5.3), as MoCo's detectors have it.
+
+    detectron2's own builds res5 of bottlenecks alone; this one of ResNet-18's and 34's blocks, too.
+    """
 
     @classmethod
     def _build_res5_block(cls, cfg):
-        res5, channels = super()._build_res5_block(cfg)
+        if cfg.MODEL.RESNETS.DEPTH < 50:
+            blocks = basic_stage(cfg, 3)
+            res5, channels = torch.nn.Sequential(*blocks), blocks[-1].out_channels
+        else:
+            res5, channels = super()._build_res5_block(cfg)
         if cfg.MODEL.RESNETS.NORM:
             res5.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
         return res5, channels
@@ -149,20 +180,36 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, name):
-        if name.startswith("voc"):
-            return evaluation.PascalVOCDetectionEvaluator(name)
-        return evaluation.COCOEvaluator(name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return build_evaluator(cfg, name)
 
 
-def read_image(path, format=None, read=detection_utils.read_image):
-    """detectron2's, in whose place it is put, with errors that name the file."""
+@contextlib.contextmanager
+def building():
+    """Makes one line of what detectron2 refuses of KEY VALUE. What any other file raises is a bug."""
     try:
-        return read(path, format)
-    except Exception as error:
-        raise OSError(f"{path}: {error}") from error
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not {"detectron2", "fvcore"} & set(place.parts):
+            raise
+        raise stage.Refusal(f"KEY VALUE: {stage.last_line(error)}") from error
 
 
-detection_utils.read_image = read_image
+@contextlib.contextmanager
+def running():
+    """Makes one line of what the world does to a training: pictures, losses and workers that fail."""
+    try:
+        yield
+    except stage.Refusal as error:                  # a loader worker puts its traceback in front
+        raise stage.Refusal(stage.last_line(error).split("Refusal: ")[-1]) from error
+    except FloatingPointError as error:             # detectron2 puts all losses behind
+        reason = str(error).splitlines()[0]
+        raise stage.Refusal(f"the training has diverged, lower SOLVER.BASE_LR: {reason}") from error
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+            raise
+        raise stage.Refusal("a DataLoader worker was killed: if memory or /dev/shm is short, take fewer "
+                            "--workers or 0, or docker's --shm-size") from error
 
 
 # ---- Protocols -------------------------------------------------------------------------------------------
@@ -175,16 +222,14 @@ def flat(cfg, prefix=""):
     return result
 
 
-def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
-    """The protocol in detectron2's terms, overrides merged. -> it, lines: how it differs from the paper."""
-    arch, base, iterations, steps, warmup, images, _ = PROTOCOLS[protocol]
+def protocol_config(protocol, weights, device, depth):
+    """A protocol in detectron2's terms, for 8 GPUs, as it stands without any label or override."""
+    arch, base, iterations, steps, warmup, *_ = PROTOCOLS[protocol]
     norm = "BN" if device == "cpu" else "SyncBN"
-    given = dict(zip(opts[::2], opts[1::2]))
-    depth = int(given.get("MODEL.RESNETS.DEPTH", weights.resnet.removeprefix("resnet")))
-
-    # Common to all [MoCo v2 and released code]
     cfg = get_cfg()
     cfg.merge_from_file(os.path.join(ZOO, base))
+
+    # Common to all [MoCo v2 and released code]
     cfg.MODEL.DEVICE = device
     cfg.MODEL.WEIGHTS = ""                                      # load_weights loads them, by exact names
     cfg.MODEL.BACKBONE.FREEZE_AT = 0                            # every layer is trained
@@ -192,8 +237,8 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if depth >= 50 else 64
     cfg.MODEL.RESNETS.NORM = norm                               # [paper 5: SyncBN everywhere]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = weights.stride_in_1x1     # torchvision strides in the 3x3
-    cfg.MODEL.PIXEL_MEAN = [round(255 * x, 3) for x in weights.pixel_mean]
-    cfg.MODEL.PIXEL_STD = [round(255 * x, 3) for x in weights.pixel_std]
+    cfg.MODEL.PIXEL_MEAN = np.round(255 * np.array(weights.pixel_mean), 3).tolist()
+    cfg.MODEL.PIXEL_STD = np.round(255 * np.array(weights.pixel_std), 3).tolist()
     cfg.INPUT.FORMAT = weights.channel_order
     cfg.TEST.PRECISE_BN.ENABLED = True
     cfg.SOLVER.MAX_ITER = iterations
@@ -207,246 +252,94 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
         cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
         if weights.extras:              # the release's baselines, whose box head is new, have no extra norm
             cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHeadExtraNorm"
+    if weights.resnet.startswith("narrow"):                     # [ours: for studies on a CPU]
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS //= 4
+        cfg.MODEL.BACKBONE.NAME = "build_narrow_backbone"
+    return cfg
+
+
+def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
+    """The protocol for these labels, processes and overrides. -> it, lines: what differs"""
+    iterations, steps, warmup = PROTOCOLS[protocol][2:5]
+    given = set(opts[::2])
+    wanted = get_cfg()
+    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
+        wanted.merge_from_list(list(opts))
+    depth = int(re.sub(r"\D", "", weights.resnet))
+    if "MODEL.RESNETS.DEPTH" in given:
+        depth = wanted.MODEL.RESNETS.DEPTH
+    cfg = protocol_config(protocol, weights, device, depth)
+    stated = flat(cfg)
+
+    # Two images a GPU, as MoCo's. For another batch detectron2's linear rule, counted in images.
+    batch = wanted.SOLVER.IMS_PER_BATCH if "SOLVER.IMS_PER_BATCH" in given else 2 * world
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
+    cfg = Trainer.auto_scale_workers(cfg, batch)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                         # Trainer would scale it once more
+    cfg.SOLVER.CHECKPOINT_PERIOD = stated["SOLVER.CHECKPOINT_PERIOD"]           # a kill must not cost more
+    total = wanted.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in given else cfg.SOLVER.MAX_ITER
+    falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
+    cfg.SOLVER.STEPS = tuple(sorted(falls))                     # the scheduler takes none at the end
+    cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
+
     if data:
         cfg.DATASETS.TRAIN = tuple(name for name, *_ in data.sets[:-1])
         cfg.DATASETS.TEST = (data.sets[-1][0],)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
         cfg.MODEL.MASK_ON = data.masks
         cfg.INPUT.MASK_FORMAT = "bitmask" if data.run_length else "polygon"
-    paper = flat(cfg)
-
-    # Two images a GPU, as in the paper. For another batch detectron2's linear rule, counted in images.
-    batch = int(given.get("SOLVER.IMS_PER_BATCH", 2 * world))
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
-    cfg = Trainer.auto_scale_workers(cfg, batch)
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                         # Trainer would scale it once more
-    cfg.SOLVER.CHECKPOINT_PERIOD = paper["SOLVER.CHECKPOINT_PERIOD"]            # a kill must not cost more
-    total = int(given.get("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER))
-    falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
-    cfg.SOLVER.STEPS = tuple(sorted(falls))                     # the scheduler takes none at the end
-    cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
+    by_labels = flat(cfg)
     cfg.merge_from_list(list(opts))
+    for key in OF_LABELS:
+        value = flat(cfg)[key]
+        if data and value != by_labels[key] and str(value) not in ("False", "bitmask"):
+            raise stage.Refusal(f"{key} {value}, but the labels make it {by_labels[key]}: leave it out")
+    return cfg, differences(protocol, cfg, stated, given, data, world)
 
-    notes = [f"{key} {value}, paper {paper[key]} ({'given' if key in given else 'linear rule'})"
-             for key, value in flat(cfg).items() if value != paper[key] and key not in FREE]
-    if data and data.images != images:
-        notes.append(f"{data.images} training images, paper {images}")
-    if device == "cpu":
+
+def differences(protocol, cfg, stated, given, data, world):
+    """Lines: how a configuration differs from the protocol, whose keys and values are `stated`."""
+    notes = []
+    for key, value in flat(cfg).items():
+        if value != stated[key] and key not in FREE and not key.startswith("DATASETS."):
+            why = "given" if key in given else "the labels" if key in OF_LABELS else "linear rule"
+            notes.append(f"{key} {value}, protocol {stated[key]} ({why})")
+    images = data.images if data else PROTOCOLS[protocol][5]
+    if images != PROTOCOLS[protocol][5]:
+        notes.append(f"{images} training images, protocol {PROTOCOLS[protocol][5]}")
+    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
+    if protocol == "minicoco-c4" and round(epochs, 1) != 12:
+        notes.append(f"{cfg.SOLVER.MAX_ITER} iterations are {epochs:.1f} epochs, the paper says 12")
+    depth, width = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
+    if (depth, width) != (50, 256):
+        notes.append(f"a ResNet-{depth} with {width} channels in res2, paper ResNet-50 with 256")
+    on_cpu = cfg.MODEL.DEVICE == "cpu"
+    if on_cpu:
         notes.append("SyncBatchNorm does not run on the CPU: BatchNorm instead, each process by itself")
-    seen = cfg.SOLVER.IMS_PER_BATCH // (world if device == "cpu" else 1)
+    seen = cfg.SOLVER.IMS_PER_BATCH // (world if on_cpu else 1)
     if seen < 16:
-        notes.append(f"BatchNorm, precise BN too, sees {seen} images at a time, paper 16: on a large card "
-                     "SOLVER.IMS_PER_BATCH 16 gives the paper's batch")
-    return cfg, notes
-
-
-# ---- Data ------------------------------------------------------------------------------------------------
-
-def find_sets(args):
-    """[(detectron2's name, folder, COCO json or VOC's split)], training first, validation last."""
-    if args.train_json:
-        return [("coco_train", args.train_images, args.train_json),
-                ("coco_val", args.val_images, args.val_json)]
-    if args.protocol == "voc-c4":
-        sets = [("voc2007_trainval", f"{args.data}/VOC2007", "trainval"),
-                ("voc2012_trainval", f"{args.data}/VOC2012", "trainval"),
-                ("voc2007_test", f"{args.data}/VOC2007", "test")]
-        return [one for one in sets if "2007" in one[0] or os.path.exists(one[1])]    # one's own has no 2012
-    coco = args.data if os.path.exists(f"{args.data}/annotations") else f"{args.data}/coco"
-    return [(f"coco_{split}", f"{coco}/{split}2017", f"{coco}/annotations/instances_{split}2017.json")
-            for split in ("train", "val")]
-
-
-def mended(path, copy, tenth):
-    """A COCO json with what only the evaluation asks for, without what is not used. -> where it is
-
-    That is `copy` if anything had to change. tenth: of its images, Mini-COCO. ValueError if anything would be
-    lost in silence.
-    """
-    content = json.loads(Path(path).read_text())
-    images, boxes = content["images"], content["annotations"]
-    times = collections.Counter(image["id"] for image in images)
-    for entry in images:
-        if times[entry["id"]] > 1:
-            raise ValueError("another image has the same id: renumber")
-    for entry in boxes:
-        if entry["image_id"] not in times:
-            raise ValueError("its image_id is no image of this file (a string is no number)")
-    if tenth:                                       # the paper's list is not public
-        order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(times))
-        kept = set(order[:max(1, len(times) // 10)].tolist())
-        images = [image for image in images if image["id"] in kept]
-        boxes = [box for box in boxes if box["image_id"] in kept]
-    masks = all(any(box.get("segmentation") or ()) for box in boxes)
-    complete = all({"id", "area", "iscrowd"} <= box.keys() and "keypoints" not in box for box in boxes)
-    numbered = len({box.get("id") for box in boxes} - {0}) == len(boxes)
-    named = all(isinstance(entry["name"], str) for entry in content["categories"])
-    for number, entry in enumerate(boxes, start=1):
-        entry["id"] = number                        # COCO's evaluation takes 0 for unmatched
-        entry.setdefault("iscrowd", 0)
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-        entry.pop("keypoints", None)
-        if not masks:                               # boxes alone: detectron2 would leave out those whose
-            entry.pop("segmentation", None)         # polygons are empty
-    for entry in content["categories"]:
-        entry["name"] = str(entry["name"])
-    if masks and complete and numbered and named and not tenth:
-        return path                                 # COCO itself: nothing had to change
-    content.update(images=images, annotations=boxes)
-    stage.write_atomically(copy, lambda f: f.write(json.dumps(content).encode()))
-    return copy
-
-
-def check_picture(item):
-    """ValueError if detectron2 cannot use a picture with its boxes. Reads the header, not the pixels."""
-    file, width, height = item["file_name"], item["width"], item["height"]
-    with Image.open(file) as picture:
-        turned = picture.getexif().get(0x112, 1) > 4                # detectron2 turns it as EXIF says
-    found = picture.size[::-1] if turned else picture.size
-    if found != (width, height):
-        raise ValueError(f"it is {found[0]} x {found[1]}, its label says {width} x {height}")
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of kind {picture.mode}, which detectron2 clips to white")
-    if max(found) > 100 * min(found):
-        raise ValueError(f"{width} x {height}: resized, nothing would be left of its shorter side")
-    for number, box in enumerate(item["annotations"]):
-        left, top, *sides = box["bbox"]
-        mask = box.get("segmentation")
-        if isinstance(mask, dict) and list(mask["size"]) != [height, width]:
-            raise ValueError(f"box {number} has a mask of another height and width, {mask['size']}")
-        if isinstance(mask, list):
-            points = np.concatenate(mask).reshape(-1, 2)
-            middle = (points.min(axis=0) + points.max(axis=0)) / 2 - (left, top)
-            if (middle < -2).any() or (middle > np.add(sides, 2)).any():
-                raise ValueError(f"box {number} has polygons that lie outside of it")
-
-
-def register(name, folder, labels, classes):
-    """A set under detectron2's name. Each process reads it by itself, when it needs it."""
-    if name.startswith("voc"):
-        datasets.register_pascal_voc(name, folder, labels, int(name[3:7]), classes)
-    else:
-        datasets.register_coco_instances(name, {}, labels, folder)
-
-
-def load_data(args):
-    """Mends, registers and checks the protocol's sets. -> what all processes must know of them."""
-    data = SimpleNamespace(sets=[], digests=[], images=0, classes=None, masks=args.protocol != "voc-c4",
-                           run_length=False)
-    for name, folder, labels in find_sets(args):
-        source = f"{labels} of {folder}"
-        tenth = args.protocol == "minicoco-c4" and name == "coco_train"
-        if not name.startswith("voc"):
-            labels = mended(labels, f"{args.out}/{name}.json", tenth)
-        register(name, folder, labels, args.classes)
-        items, classes = DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes
-        for item in items:
-            check_picture(item)
-        boxes = [box for item in items for box in item["annotations"] if not box.get("iscrowd")]
-        if not boxes:
-            raise ValueError("no box, or crowds (iscrowd 1) alone")
-        if data.classes not in (None, classes):
-            raise ValueError(f"its classes, {classes[:9]}, are not training's, {data.classes[:9]}")
-        data.classes = classes
-        data.masks = data.masks and all("segmentation" in box for box in boxes)
-        digests = [stage.digest([repr((item["image_id"], item["annotations"])).encode()]) for item in items]
-        data.digests.append(stage.digest(digest.encode() for digest in digests))
-        data.sets.append((name, folder, labels))
-        data.source = source                                        # in the end validation's
-        if name.endswith(("train", "trainval")):
-            data.run_length |= any(isinstance(box.get("segmentation"), dict) for box in boxes)
-            data.images += len(items)
-        if tenth:
-            data.minicoco = [item["image_id"] for item in items]
-            data.minicoco_digest = stage.digest(str(image).encode() for image in data.minicoco)
-    return data
-
-
-# ---- The rehearsal, and pictures -------------------------------------------------------------------------
-
-def perfect(item):
-    """What a perfect detector finds in a picture: its labels, inside of it, without crowds. -> Instances"""
-    boxes = [box for box in item["annotations"] if not box.get("iscrowd")]
-    size = (item["height"], item["width"])
-    truth = detection_utils.annotations_to_instances(boxes, size, mask_format="bitmask")
-    found = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes,
-                      scores=torch.ones(len(boxes)))
-    found.pred_boxes.clip(size)
-    if truth.has("gt_masks"):
-        found.pred_masks = truth.gt_masks.tensor
-    return found
-
-
-def rehearse(cfg, source):
-    """Evaluates the validation set's truth as if it were detections, and draws a picture. All ranks call it.
-
-    -> on rank 0, why its AP is not 100. ValueError if it is under 99, or cannot be had.
-    """
-    name = cfg.DATASETS.TEST[0]
-    lost, seen, notes = [], set(), []
-    evaluator = Trainer.build_evaluator(cfg, name)
-    evaluator.reset()
-    if comm.is_main_process():
-        for item in DatasetCatalog.get(name):
-            found = perfect(item)
-            evaluator.process([item], [{"instances": found}])
-            whole = found.pred_boxes.nonempty()
-            if found.has("pred_masks"):
-                whole &= found.pred_masks.flatten(1).any(dim=1)
-            lost += [item["file_name"]] * int((~whole).sum())
-            seen.update(found.pred_classes.tolist())
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        draw(cfg, 1, perfect, f"{cfg.OUTPUT_DIR}/truth.png")
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = evaluator.evaluate() or {}
-    for kind, values in results.items():
-        if not values["AP"] > 99.95:
-            notes.append(f"the truth of {source} itself reaches {kind} AP {values['AP']:.1f}, not 100: "
-                         f"{len(lost)} boxes have no area or mask in their picture {lost[:1]}, "
-                         f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES - len(seen)} classes have no box (--classes)")
-            if not values["AP"] > 99:
-                raise ValueError(notes[-1])
+        notes.append(f"BatchNorm, precise BN too, sees {seen} images at a time, MoCo's 16: on a large card "
+                     "SOLVER.IMS_PER_BATCH 16 gives that batch")
     return notes
-
-
-@torch.no_grad()
-def draw(cfg, count, detect, path):
-    """`count` pictures, each twice: the truth; what `detect` finds with score 0.5, or its best three."""
-    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
-    items = [item for item in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if item["annotations"]]
-    cells = []
-    for item in items[::max(1, len(items) // count)][:count]:
-        image = torch.from_numpy(read_image(item["file_name"], "RGB").copy()).permute(2, 0, 1)
-        scale = min(480 / item["width"], 360 / item["height"])
-        image = resize(image, [max(1, int(scale * side)) for side in image.shape[1:]])
-        found = detect(item)
-        sure = found.scores >= 0.5
-        for shown in (perfect(item), found[sure] if sure.any() else found[:3]):
-            shown, cell = shown[shown.pred_boxes.nonempty()], image
-            if len(shown) and shown.has("pred_masks"):
-                masks = resize(shown.pred_masks.float(), image.shape[1:]) > 0.5
-                cell = draw_segmentation_masks(cell, masks, alpha=0.4, colors="lime")
-            if len(shown):
-                names = [f"{classes[i]} {score:.2f}" for i, score in zip(shown.pred_classes, shown.scores)]
-                cell = draw_bounding_boxes(cell, shown.pred_boxes.tensor * scale, names, "lime", width=2)
-            cells.append(pad(cell, [0, 0, 480 - cell.shape[2], 360 - cell.shape[1]], fill=255) / 255)
-    save_image(cells, path, nrow=4, padding=4)
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------
 
 def get_weights(args):
-    """WEIGHTS, read and whole; without any tensor for `random`."""
+    """WEIGHTS, read and whole; for `random` an empty set, which loads nothing."""
     if args.weights == "random":
         return random_weights(input=args.input)
-    path = PathManager.get_local_path(args.weights)                 # a file, or an address of detectron2
-    return read_weights(path, trust=args.trust, prefix=args.prefix, input=args.input)
+    try:
+        path = PathManager.get_local_path(args.weights)             # a file, or an address of detectron2
+        return read_weights(path, trust=args.trust, prefix=args.prefix, input=args.input)
+    except (ValueError, OSError) as error:
+        raise stage.Refusal(f"{args.weights}: {stage.last_line(error)}") from error
 
 
 def load_weights(model, weights, arch):
     """Weights into detectron2's model by exact name. -> names loaded, names left at their random init.
 
-    ValueError unless what is left is what no pre-training has: 15 tensors for VOC C4, 19 for COCO C4, 43 for
+    Refused unless what is left is what no pre-training has: 15 tensors for VOC C4, 19 for COCO C4, 43 for
     FPN (112 without neck and box head, and without the extra norm then).
     """
     own, state = model.state_dict(), to_detectron2(weights, arch)
@@ -457,8 +350,8 @@ def load_weights(model, weights, arch):
     lost = [name for name in left if not name.startswith(new)]
     lost += [name for name, x in state.items() if name not in own or own[name].shape != x.shape]
     if lost:
-        raise ValueError(f"{len(lost)} tensors do not fit the detector that is configured, or would stay "
-                         f"random, such as {lost[0]}")
+        raise stage.Refusal(f"{len(lost)} tensors do not fit the detector that is configured, or would stay "
+                            f"random, such as {lost[0]}")
     model.load_state_dict(state, strict=False)
     return sorted(state), left
 
@@ -467,128 +360,172 @@ def export(args):
     """WEIGHTS as a file that detectron2 loads by MODEL.WEIGHTS. Prints the keys that must go with it."""
     arch, base, *_ = PROTOCOLS[args.protocol]
     weights = get_weights(args)
+    if "narrow" in weights.resnet or arch == "c4" and int(weights.resnet.removeprefix("resnet")) < 50:
+        raise stage.Refusal(f"detectron2 itself builds no {arch} of {weights.resnet}, only this program does")
     stage.write_atomically(args.export, lambda f: torch.save({"model": to_detectron2(weights, arch)}, f))
     theirs = get_cfg()
     theirs.merge_from_file(os.path.join(ZOO, base))
     theirs, ours = flat(theirs), flat(build_config(args.protocol, weights)[0])
     ours["MODEL.WEIGHTS"] = args.export
-    keys = [key for key in ours if key.startswith(("MODEL.", "INPUT.")) and not key.endswith(".NAME") and
-            ours[key] != theirs[key]]                               # names: the extra norm is ours alone
-    pairs = [f"{key} {ours[key]}".replace(", ", ",") for key in keys]           # a word each for the shell
-    print(f"{args.export}: {weights.source}; use it with detectron2's {base} and", *pairs)
+    words = []
+    for key, value in ours.items():
+        named = key.endswith(".NAME")                               # the extra norm is ours alone
+        if key.startswith(("MODEL.", "INPUT.")) and not named and value != theirs[key]:
+            words += [key, str(value).replace(" ", "")]             # a word each for the shell
+    print(f"{args.export}: {weights.source}; use it with detectron2's {base} and", *words)
 
 
 # ---- Results ---------------------------------------------------------------------------------------------
 
-def paper_rows(protocol):
-    """{'paper: InsLoc, 200 epochs': {'APbb': '39.5', ...}}: all rows of the paper's tables of a protocol."""
+def paper_rows(protocol, classes):
+    """{'paper: InsLoc, 200 epochs': {'APbb': '39.5', ...}}: all rows of the paper's tables of a protocol.
+
+    None beside the numbers of other classes than VOC's 20 or COCO's 80.
+    """
     rows = collections.defaultdict(dict)
+    papers = MetadataCatalog.get("voc_2007_test" if protocol == "voc-c4" else "coco_2017_val").thing_classes
+    if set(classes) != set(papers):
+        return rows
     table = Path(__file__).with_name("docs") / "paper_tables.csv"
-    for row in csv.DictReader(table.read_text().splitlines()):
-        if row["table"] in PROTOCOLS[protocol][-1] and row["arch"].startswith(("Mask", "Faster")):
-            name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
-            rows[name][row["metric"]] = f"{float(row['value']):.1f}"
+    try:
+        for row in csv.DictReader(table.read_text().splitlines()):
+            if row["table"] in PROTOCOLS[protocol][-1] and row["arch"].startswith(("Mask", "Faster")):
+                name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
+                rows[name][row["metric"]] = f"{float(row['value']):.1f}"
+    except (OSError, KeyError, ValueError) as error:
+        stage.say(f"the paper's rows will be missing below the result: {stage.last_line(error)}")
     return rows
 
 
-def report(args, cfg, notes, data, source, trials):
+def report(args, cfg, notes, data, source, trials, paper):
     """results.json; then the table in the paper's columns, with all rows of the paper below ours."""
     means, deviations, ours = {}, {}, {}
-    for kind, metric in itertools.product(("bbox", "segm"), ("AP", "AP50", "AP75")):
-        values = [trial[kind][metric] for trial in trials if kind in trial]     # nan: no detection at all
-        if values:
-            label = metric if args.protocol == "voc-c4" else metric + {"bbox": "bb", "segm": "mk"}[kind]
+    for kind, ending in (("bbox", "bb"), ("segm", "mk")):
+        for metric in ("AP", "AP50", "AP75"):
+            values = [trial[kind][metric] for trial in trials if kind in trial]     # nan: no detection at all
+            if not values:
+                continue
+            label = metric if args.protocol == "voc-c4" else metric + ending
             means[label] = float(np.mean(values))
             ours[label] = f"{means[label]:.1f}"
-        if len(values) > 1:
-            deviations[label] = float(np.std(values, ddof=1))
-            ours[label] += f" ± {deviations[label]:.1f}"
+            if len(values) > 1:
+                deviations[label] = float(np.std(values, ddof=1))
+                ours[label] += f" ± {deviations[label]:.1f}"
     result = {"protocol": args.protocol, "source": source, "mean": means, "deviation": deviations,
-              "trials": trials, "differs_from_paper": notes, "data": vars(data), "commit": stage.commit(),
+              "trials": trials, "differs_from_protocol": notes, "data": vars(data), "commit": stage.commit(),
               "torch": torch.__version__, "detectron2": detectron2.__version__, "arguments": vars(args),
               "config": cfg}
     path = os.path.join(args.out, "evaluation.json" if args.eval_only else "results.json")
     stage.write_atomically(path, lambda f: f.write(json.dumps(result, indent=1).encode()))
-    print(f"wrote {path}; trial*/detections.png; curves: tensorboard --logdir {args.out}")
-    rows = {"": {label: label for label in ours}, f"this run: mean of {len(trials)}": ours,
-            **paper_rows(args.protocol)}
-    width = max(len(name) for name in rows)
+    stage.say(f"wrote {path}; trial*/detections.png; curves: tensorboard --logdir {args.out}")
+    rows = {"": dict(zip(ours, ours)), f"this run: mean of {len(trials)}": ours, **paper}
+    width = max(map(len, rows))
     for name, row in rows.items():
-        print(f"{name:<{width}}" + "".join(f"{row.get(label, '-'):>12}" for label in ours))
+        stage.say(f"{name:<{width}}" + "".join(f"{row.get(label, '-'):>12}" for label in ours))
 
 
 # ---- The run ---------------------------------------------------------------------------------------------
 
-def explain(error):
-    """An exception in one line: what was being read, the exception's kind if it is not ours, its message."""
-    places = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        variable = READERS.get(frame.f_code.co_name)
-        if variable in frame.f_locals:
-            places.append(f"{str(frame.f_locals[variable])[:200]}: ")
-    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return "".join(places) + kind + stage.last_line(error)[:300]
+def prepare(args):
+    """What stage.launch runs once, before main. -> more arguments of main: none"""
+    if not args.eval_only:
+        stage.check_new(args, [BEGUN])
+        return ()
+    for trial in range(args.trials):
+        path = os.path.join(args.out, f"trial{trial}", "model_final.pth")
+        if not os.path.exists(path):
+            raise stage.Refusal(f"{path} is not there: --eval-only evaluates trials that were trained")
+    return ()
 
 
-def main(rank, device, args):
-    """What stage.launch runs in each process. Whatever goes wrong in it is told in one line."""
-    try:
-        if args.export:
-            export(args)
-        else:
-            fine_tune(rank, device, args)
-    except Exception as error:                                      # any: overrides, labels, pictures
-        if args.world > 1 and isinstance(error, RuntimeError):
-            raise                       # another process has failed and says why; the launcher ends this one
-        logging.getLogger("detectron2").debug("what happened", exc_info=True)     # to OUT/log.txt
-        stage.fail(explain(error))
-
-
-def make_plan(args):
-    """Weights, data and protocol, checked, and compared with the run that --out holds, if any."""
-    weights, data = get_weights(args), load_data(args)
-    opts = ["DATALOADER.NUM_WORKERS", args.workers, *args.opts]
-    cfg, notes = build_config(args.protocol, weights, data, args.world, args.device, opts)
-    settings = {**flat(cfg), "SEED": args.seed, "labels": data.digests,
+def check_settings(args, cfg, data, weights):
+    """Writes the settings of a run to --out, or compares them with those of the run that --out holds."""
+    settings = {**flat(cfg), "SEED": args.seed, "--protocol": args.protocol, "labels": data.digests,
                 "weights": stage.digest(x.numpy().tobytes() for x in weights.backbone.values())}
     settings = {key: str(value) for key, value in settings.items()}
     path = Path(args.out, "settings.json")
-    if path.exists() and Path(args.out, BEGUN).exists():
-        inputs = {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"}
-        free = settings.keys() - inputs if args.eval_only else FREE
-        changed = stage.differences(json.loads(path.read_text()), settings, free)
-        if changed:
-            raise ValueError(f"{args.out} was begun otherwise, give another --out: {changed}")
-    else:
+    if not path.exists() or not Path(args.out, BEGUN).exists():
         stage.write_atomically(str(path), lambda f: f.write(json.dumps(settings).encode()))
-    return data, cfg, notes
+        return
+    free = FREE
+    if args.eval_only:
+        free = {key for key in settings if not key.startswith(("MODEL.", "INPUT.FORMAT", "--protocol"))
+                or NOT_EVALUATED.search(key)}
+    with reading(path):
+        before = json.loads(path.read_text())
+    changed = stage.differences(before, settings, free)
+    if changed:
+        raise stage.Refusal(f"{args.out} was begun otherwise, give another --out: {changed[:300]}")
 
 
-def train(cfg, weights, arch, last, say):
+def newest_checkpoint(folder):
+    """The name of a trial's newest checkpoint, "" if it has none. Mends detectron2's pointer to it."""
+    pointer = Path(folder, "last_checkpoint")
+    name = pointer.read_text() if pointer.exists() else ""
+    if name and not Path(folder, name).exists():
+        older = sorted(Path(folder).glob("model_[0-9]*.pth"))
+        if not older:
+            raise stage.Refusal(f"{pointer} names {name}, which is gone, and there is no older one: give "
+                                "another --out")
+        stage.say(f"{pointer} names {name}, which is gone: {older[-1].name} is used")
+        name = older[-1].name
+        pointer.write_text(name)
+    return name
+
+
+def train(cfg, weights, arch, last):
     """A trial from its start, or from its `last` checkpoint. -> the detector, its metrics."""
     begun = int("0" + re.sub(r"\D", "", last))
     # The iteration goes in: else a run that is often killed would see the same first images again and again.
     seed_all_rng(cfg.SEED + 1000 * begun + comm.get_rank())
-    trainer = Trainer(cfg)
+    with building():
+        trainer = Trainer(cfg)
     model = getattr(trainer.model, "module", trainer.model)
+    save = trainer.checkpointer.save
+    full_disk = reading(f"{cfg.OUTPUT_DIR}, a checkpoint", (OSError, RuntimeError))
+    trainer.checkpointer.save = full_disk(save)
     for hook in trainer._hooks:
         if isinstance(hook, hooks.PeriodicCheckpointer):
             hook.max_to_keep = 2
     if last:
-        trainer.resume_or_load(resume=True)
-        say(f"going on at iteration {trainer.start_iter} of {cfg.SOLVER.MAX_ITER}")
+        with reading(f"{cfg.OUTPUT_DIR}/{last}"):
+            trainer.resume_or_load(resume=True)
+        stage.say(f"going on at iteration {trainer.start_iter} of {cfg.SOLVER.MAX_ITER}")
     elif weights.backbone:
         loaded, left = load_weights(model, weights, arch)
         dropped = [*weights.dropped, *(weights.extras if arch == "c4" else ())]
         for what, names in (("loaded", loaded), ("left at random init", left), ("dropped", dropped)):
             places = sorted({re.sub(r"\d", "", ".".join(name.split(".")[:2])) for name in names})
-            say(f"{what}: {len(names)} tensors, {', '.join(places)[:200]}")
-    trainer.train()
+            stage.say(f"{what}: {len(names)} tensors, {', '.join(places)[:200]}")
+    with running():
+        trainer.train()
     return model, getattr(trainer, "_last_eval_results", None)
 
 
-def fine_tune(rank, device, args):
-    say = functools.partial(print, flush=True) if rank == 0 else (lambda *_, **__: None)
+def evaluate(cfg):
+    """The detector of a trial that was trained, and its metrics."""
+    with building():
+        model = Trainer.build_model(cfg)
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    with reading(path):
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    with running():
+        return model, Trainer.test(cfg, model)
+
+
+def draw_detections(cfg, model):
+    """detections.png of a trial: pictures of the validation set, with the truth and with what is found."""
+    mapper = DatasetMapper(cfg, is_train=False)
+
+    def detect(item):
+        return model([mapper(item)])[0]["instances"].to("cpu")
+
+    model.eval()
+    draw(cfg.DATASETS.TEST[0], [perfect, detect], f"{cfg.OUTPUT_DIR}/detections.png")
+
+
+def main(rank, device, args):
+    """What stage.launch runs in each process."""
     if args.world > 1:
         comm.create_local_process_group(args.nprocs)
     if device.type == "cpu":                                        # detectron2 always names a GPU here
@@ -597,10 +534,17 @@ def fine_tune(rank, device, args):
 
     # ---- What is done: planned and checked on rank 0, which alone reads all labels ----
     stage.check_ranks(vars(args))
-    data, cfg, notes = stage.gather_objects(make_plan(args) if rank == 0 else None)[0]
-    weights = get_weights(args)
-    for name, folder, labels in data.sets:
-        if rank > 0:                                                # rank 0 has them
+    arch, weights, plan = PROTOCOLS[args.protocol][0], get_weights(args), None
+    if rank == 0:
+        data = load_data(args)
+        paper = paper_rows(args.protocol, data.classes)             # read before anything is trained
+        opts = ["DATALOADER.NUM_WORKERS", args.workers, *args.opts]
+        cfg, notes = build_config(args.protocol, weights, data, args.world, args.device, opts)
+        check_settings(args, cfg, data, weights)
+        plan = data, cfg, notes
+    data, cfg, notes = stage.gather_objects(plan)[0]
+    if rank > 0:                                                    # rank 0 has registered them
+        for name, folder, labels in data.sets:
             register(name, folder, labels, data.classes)
     cfg.SEED = args.seed
     cfg.OUTPUT_DIR = args.out
@@ -608,56 +552,44 @@ def fine_tune(rank, device, args):
         default_setup(cfg, args)
     for part in ("utils.events", "evaluation.evaluator"):           # progress to the console, too
         logging.getLogger(f"detectron2.{part}").addHandler(logging.StreamHandler(sys.stdout))
-    say(f"{weights.source}; input {cfg.INPUT.FORMAT}, mean {cfg.MODEL.PIXEL_MEAN}, std {cfg.MODEL.PIXEL_STD}")
+    stage.say(f"{weights.source}; input {cfg.INPUT.FORMAT}, mean {cfg.MODEL.PIXEL_MEAN}, "
+              f"std {cfg.MODEL.PIXEL_STD}")
 
     # ---- The evaluation, rehearsed ----
     cfg.OUTPUT_DIR = os.path.join(args.out, "rehearsal")
     notes += rehearse(cfg, data.source)
-    say(*notes, sep="\n")
+    for note in notes:
+        stage.say(note)
 
     # ---- Trials ----
     trials = []
     for trial in range(args.trials):
-        here = os.path.join(args.out, f"trial{trial}")
-        done, newest = Path(here, "results.json"), Path(here, "last_checkpoint")
-        last = newest.read_text() if newest.exists() else ""
+        cfg.SEED = args.seed + trial
+        cfg.OUTPUT_DIR = os.path.join(args.out, f"trial{trial}")
+        done, last = Path(cfg.OUTPUT_DIR, "results.json"), newest_checkpoint(cfg.OUTPUT_DIR)
         stage.check_ranks({f"trial {trial}": (last, done.exists())})
         if done.exists() and not args.eval_only:
-            say(f"trial {trial}: done before")
-            trials.append(json.loads(done.read_text()))
+            stage.say(f"trial {trial}: done before")
+            with reading(done):
+                trials.append(json.loads(done.read_text()))
             continue
-        cfg.SEED = args.seed + trial
-        cfg.OUTPUT_DIR = here
-        say(f"trial {trial}: seed {cfg.SEED}")
-        if args.eval_only:
-            model = modeling.build_model(cfg)
-            state = torch.load(os.path.join(here, "model_final.pth"), map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
-            metrics = Trainer.test(cfg, model)
-        else:
-            model, metrics = train(cfg, weights, PROTOCOLS[args.protocol][0], last, say)
+        stage.say(f"trial {trial}: seed {cfg.SEED}")
+        model, metrics = evaluate(cfg) if args.eval_only else train(cfg, weights, arch, last)
         if rank == 0:
             trials.append({"seed": cfg.SEED, **metrics})
             if not args.eval_only:
                 stage.write_atomically(str(done), lambda f: f.write(json.dumps(trials[-1]).encode()))
-            mapper = DatasetMapper(cfg, is_train=False)
-            model.eval()
-            draw(cfg, 8, lambda item: model([mapper(item)])[0]["instances"].to("cpu"),
-                 f"{here}/detections.png")
+            stage.attempt("detections.png", draw_detections, cfg, model)
     if rank == 0:
-        report(args, cfg, notes, data, weights.source, trials)
-
-
-def prepare(args):
-    """What stage.launch runs once, before main. -> more arguments of main: none"""
-    if not args.eval_only:
-        stage.check_new(args, [BEGUN])
-    return ()
+        report(args, cfg, notes, data, weights.source, trials, paper)
 
 
 if __name__ == "__main__":
     arguments = get_args()
     if arguments.export:
-        main(0, None, arguments)
+        try:
+            export(arguments)
+        except stage.Refusal as refusal:
+            sys.exit(f"finetune_det.py: error: {refusal}")
     else:
         stage.launch(main, arguments, prepare)

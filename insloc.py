@@ -153,24 +153,26 @@ def photometric(images, params, boxes=None):
     """Colour jitter, grayscale, blur and flip of images (N, 3, H, W) in [0, 1] -> new images, boxes.
 
     params: see `photometric_params`. With boxes (N, 4), rounded to whole pixels, everything happens inside
-    them as if each were an image of its own, and no pixel outside changes; a flip turns the inside round and
+    them as if each were an image of its own, and no pixel outside changes; a flip mirrors the inside and
     leaves the box where it is. With boxes=None the whole images are augmented. Parameters and boxes stay on
     the CPU, so that no line waits for a GPU. Images keep their dtype; half precision is computed in float32,
     outside of autocast. ValueError for images of integers, and for a box that leaves its image.
-    DIVERGES: the release augments the composite (`--aug-on composite`); the paper says foreground.
+    DIVERGES: the paper augments the foreground, the release the composite (boxes=None).
     needs: box_masks, affine_maps, shift_hue, blur_matrix
     """
     height, width = images.shape[2:]
-    whole = torch.tensor([[0.0, 0.0, width, height]])
-    region = whole.expand(len(images), 4) if boxes is None else boxes.round()
-    if not images.is_floating_point() or (region < 0).any() or (region > whole[:, [2, 3, 2, 3]]).any():
+    region = torch.tensor([[0.0, 0.0, width, height]]).expand(len(images), 4)
+    if boxes is not None:
+        region = boxes.round()
+    limits = torch.tensor([width, height, width, height])
+    if not images.is_floating_point() or (region < 0).any() or (region > limits).any():
         raise ValueError("images must be float, in [0, 1], and no box may leave its image")
     dtype = torch.promote_types(images.dtype, torch.float32)
 
     def put(x):                                         # from the CPU to where the images are
         return x.to(images.device, dtype, non_blocking=True)
 
-    def which(chosen):                                  # bool (N,) -> the indices of those n images, there
+    def indices_of(chosen):                             # bool (N,) -> the indices of those n images, there
         return chosen.nonzero().squeeze(1).to(images.device, non_blocking=True)
 
     # Whole images are changed below. Means and blur see the inside alone, and the last line keeps the inside.
@@ -188,19 +190,19 @@ def photometric(images, params, boxes=None):
     for turn in range(4):                                       # colour jitter, in each image's own order
         offset = mean_matrices[:, turn] @ (x @ mean_weights)                                     # (N, 3, 1)
         x = torch.baddbmm(offset, matrices[:, turn], x).clamp(0, 1)
-        now = which(params["colour"] & (params["order"][:, turn] == 3))         # hue alone is no affine map
-        x[now] = shift_hue(x[now], hue[now])
+        some = indices_of(params["colour"] & (params["order"][:, turn] == 3))   # hue alone is no affine map
+        x[some] = shift_hue(x[some], hue[some])
     x = matrices[:, 4] @ x                                                                       # grayscale
     x = x.unflatten(2, (height, width))                                                       # (N, 3, H, W)
 
-    now = which(params["sigma"] > 0)                                                             # blur
-    blur_y = blur_matrix(inside_y[now], sigma[now])[:, None]                                  # (n, 1, H, H)
-    blur_x = blur_matrix(inside_x[now], sigma[now])[:, None]                                  # (n, 1, W, W)
-    x[now] = blur_y @ x[now] @ blur_x.transpose(2, 3)
+    some = indices_of(params["sigma"] > 0)                                                       # blur
+    blur_y = blur_matrix(inside_y[some], sigma[some])[:, None]                                # (n, 1, H, H)
+    blur_x = blur_matrix(inside_x[some], sigma[some])[:, None]                                # (n, 1, W, W)
+    x[some] = blur_y @ x[some] @ blur_x.transpose(2, 3)
 
-    now = which(params["flip"])                                                                  # flip
-    columns = mirrored[now][:, None, None, :].expand(-1, 3, height, -1)                       # (n, 3, H, W)
-    x[now] = x[now].gather(3, columns)
+    some = indices_of(params["flip"])                                                            # flip
+    columns = mirrored[some][:, None, None, :].expand(-1, 3, height, -1)                      # (n, 3, H, W)
+    x[some] = x[some].gather(3, columns)
     return torch.where(inside, x, images).to(images.dtype), boxes
 
 
@@ -222,7 +224,7 @@ def affine_maps(params):
     its mean gray and with its own gray. Hue, and an image without colour jitter, have the identity and zero.
     """
     identity = torch.eye(3, dtype=torch.float64)
-    to_gray = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64).expand(3, 3)    # ITU-R 601 luma
+    to_gray = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64).expand(3, 3)    # torchvision's luma
     order = params["order"]
     no_hue = torch.ones(len(order))
     factors = torch.stack([params["brightness"], params["contrast"], params["saturation"], no_hue], dim=1)
@@ -236,8 +238,8 @@ def affine_maps(params):
     return torch.cat([matrices, grayscale], dim=1), mean_matrices
 
 
-def shift_hue(x, turns):
-    """Hue of pixels x (N, 3, P) in [0, 1] turned by `turns` (N, 1, 1) full circles: RGB -> HSV -> RGB.
+def shift_hue(x, shift):
+    """Pixels x (N, 3, P) in [0, 1], their hue shifted by `shift` (N, 1, 1) full circles: RGB -> HSV -> RGB.
 
     With H in sixths of the circle, V = high and V S = chroma, HSV's formula gives a channel as
     V - V S clamp(min(k, 4 - k), 0, 1), where k = (n + H) mod 6, and n = 5 for red, 3 for green, 1 for blue.
@@ -249,7 +251,7 @@ def shift_hue(x, turns):
     hue = torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(high == r, g - b, hue) / chroma.clamp(min=1e-12)              # in sixths of the circle
     n = (5 - 2 * torch.arange(3, device=x.device))[:, None]                         # 5, 3, 1
-    sixths = (hue + (n + 6 * turns)) % 6                                            # the formula's k
+    sixths = (hue + (n + 6 * shift)) % 6                                            # the formula's k
     return torch.lerp(high, low, torch.minimum(sixths, 4 - sixths).clamp(0, 1))     # V - V S ...
 
 
@@ -261,7 +263,7 @@ def blur_matrix(inside, sigma):
     """
     position = torch.arange(inside.shape[1], device=inside.device, dtype=sigma.dtype)
     distance = position[:, None] - position[None, :]                                             # (X, X)
-    near = distance.clamp(-9, 9)                        # far ones do not count, and tiny weights are slow
+    near = distance.clamp(-9, 9)                # far weights do not count, and denormal numbers are slow
     weight = torch.exp(-0.5 * (near / sigma[:, :, None]) ** 2)                                # (N, X, X)
     weight = weight * (distance.abs() <= 8) * inside[:, None, :]
     return weight / weight.sum(dim=2, keepdim=True).clamp(min=1e-12)
@@ -367,7 +369,7 @@ class Views(torch.utils.data.Dataset):
     def crop(self, image, generator):
         """A random crop, stretched to random sides, as the paper says: MoCo v2's crop, then a random aspect.
 
-        DIVERGES: the release draws the crop's aspect from (1/2, 2) and keeps it (`--keep-aspect` does both).
+        DIVERGES: the release keeps the crop's aspect, which it draws from (1/2, 2): keep_aspect and ratio.
         """
         top, left, h, w = crop_box(*image.shape[-2:], ratio=self.ratio, generator=generator)
         size = [self.image_size, self.image_size]           # where nothing is pasted
@@ -381,7 +383,10 @@ class Views(torch.utils.data.Dataset):
 
     @staticmethod
     def resize(image, size):
-        """Memory stays pixel by pixel, which torch sees by the strides of a batch: 1.6 times as fast."""
+        """uint8 (3, H, W) -> (3, h, w), bilinear with antialiasing.
+
+        The two permutes make a batch with channels_last strides, for which torch is 1.6 times as fast.
+        """
         batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
 
@@ -395,11 +400,12 @@ class MakeGroup:
         source        int: which image that is
         backgrounds   a list of uint8 (3, S, S). "group": the image itself, behind crops of other samples;
                       "dataset": two, behind this query and this key; "none": nothing, a crop is the canvas
-        seeds         ints, of Views (step, group number): the first sample's seed all draws of the group
+        seeds         ints, of Views (step, group number): the first sample's decide every draw of the group
         unreadable    indices of files that could not be read; may be absent
     Returns {"query": view, "key": view, "unreadable": indices}. A view is a dict: images uint8 (N, 3, S, S),
     channels_last in memory; boxes (N, 4), where crops are pasted; drawn_boxes (N, 4), what the encoder pools
-    (for keys the same); and the tensors of `photometric_params`. ValueError for other samples; TooFewImages.
+    (for keys the same); and the tensors of `photometric_params`. ValueError for samples of another form, and
+    TooFewImages for a group of fewer than three different images.
 
     DIVERGES: the paper's background is any other training image, for which the release decodes two more
     images a sample ("dataset"). In a "group" they cost no decode, but are not independent of each other.
@@ -413,10 +419,12 @@ class MakeGroup:
 
     def __call__(self, samples):
         generator = generator_for(self.seed, "group", *samples[0]["seeds"])
-        behind_queries, behind_keys = zip(*self.pair_backgrounds(samples, generator))
+        behind_queries, behind_keys = self.choose(samples, generator)
         queries = [sample["query"] for sample in samples]
         keys = [sample["key"] for sample in samples]
-        unreadable = sum([sample.get("unreadable", []) for sample in samples], [])
+        unreadable = []
+        for sample in samples:
+            unreadable += sample.get("unreadable", [])
         key = self.paste_all(keys, behind_keys, generator)                                           # Eq. 4
         query = self.paste_all(queries, behind_queries, generator)                                   # Eq. 3
         if self.jitter:                                 # drawn last: without it the composites are the same
@@ -424,19 +432,20 @@ class MakeGroup:
             query["drawn_boxes"] = jitter_boxes(query["boxes"], anchors, generator=generator)   # Sec. 4.2
         return {"query": query, "key": key, "unreadable": unreadable}
 
-    def pair_backgrounds(self, samples, generator):
-        """What each sample's query and key are pasted on: N pairs."""
+    def choose(self, samples, generator):
+        """What the N queries are pasted on, and what the N keys are: two lists of images."""
         count = {"group": 1, "dataset": 2, "none": 0}[self.backgrounds]
         for sample in samples:
             if len(sample["backgrounds"]) != count:
                 raise ValueError(f"a sample brings {len(sample['backgrounds'])} backgrounds, "
                                  f"with backgrounds={self.backgrounds!r} it must be {count}")
         if self.backgrounds == "none":                  # a crop covers whatever it is pasted on: here itself
-            return [(sample["query"], sample["key"]) for sample in samples]
+            return [sample["query"] for sample in samples], [sample["key"] for sample in samples]
         if self.backgrounds == "dataset":
-            return [sample["backgrounds"] for sample in samples]
+            return zip(*[sample["backgrounds"] for sample in samples])
+        own = [sample["backgrounds"][0] for sample in samples]
         pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
-        return [(samples[i]["backgrounds"][0], samples[j]["backgrounds"][0]) for i, j in pairs]
+        return [own[i] for i, _ in pairs], [own[i] for _, i in pairs]
 
     def paste_all(self, crops, backgrounds, generator):
         """A view: each crop is pasted at a uniformly random place of its background."""
@@ -469,11 +478,11 @@ def choose_backgrounds(sources, generator):
         raise TooFewImages("a group needs three different images, a sample and two backgrounds: take larger "
                            "groups, or repair damaged images")
     sources = torch.tensor(sources)
-    for_query = sources[:, None] != sources                                                      # (N, N)
-    query = torch.multinomial(for_query.float(), 1, generator=generator)                         # (N, 1)
-    for_key = for_query & (sources[query] != sources)
-    key = torch.multinomial(for_key.float(), 1, generator=generator)
-    return torch.cat([query, key], dim=1).tolist()
+    allowed = sources[:, None] != sources                                                        # (N, N)
+    behind_query = torch.multinomial(allowed.float(), 1, generator=generator)                    # (N, 1)
+    allowed &= sources[behind_query] != sources
+    behind_key = torch.multinomial(allowed.float(), 1, generator=generator)                      # (N, 1)
+    return torch.cat([behind_query, behind_key], dim=1).tolist()
 
 
 def batches(n_images, batch_size, group_size, epochs, seed=0, start_step=0, own_groups=None):
@@ -508,14 +517,12 @@ class NarrowResNet(torchvision.models.ResNet):
 
 
 def make_resnet(name):
-    """torchvision's ResNet, or `narrow18`, `narrow50`, without fc; `.inplanes` is its width.
+    """torchvision's ResNet, or `narrow18`, without fc; `.inplanes` is its width.
 
     needs: NarrowResNet
     """
     if name == "narrow18":
         net = NarrowResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
-    elif name == "narrow50":
-        net = NarrowResNet(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3])
     else:
         net = getattr(torchvision.models, name)(weights=None)
     net.fc = nn.Identity()
@@ -586,7 +593,8 @@ class FPNEncoder(nn.Module):
 
     fpn has 256 channels and BatchNorm after every convolution, as detectron2's FPN with NORM "BN". box_head
     is 4 x (conv 3x3, BatchNorm, ReLU), fc 1024, ReLU, as detectron2's FastRCNNConvFCHead; its BatchNorm sees
-    the levels together [released code]. projector is the two-layer MLP. 43,242,688 parameters for resnet50.
+    the levels together [released code]. projector is the two-layer MLP. DIVERGES: it has nn.Linear's init,
+    the released one Xavier's, with N(0, .01) for the last layer. 43,242,688 parameters for resnet50.
     needs: make_resnet, roi_pool, unit
     """
     levels = ("p2", "p3", "p4", "p5")
@@ -686,8 +694,9 @@ def info_nce(q, k, queue, temperature=0.2):
 
 @torch.no_grad()
 def momentum_update(encoder_k, encoder_q, momentum=0.999):
-    """key <- momentum * key + (1 - momentum) * query, in place, for every parameter.
+    """k <- momentum k + (1 - momentum) q, in place, for every parameter k of encoder_k and q of encoder_q.
 
     Parameters only: the key encoder's BatchNorm statistics are those of its own forward passes, as in MoCo.
     """
-    torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - momentum)
+    for k, q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
+        k.lerp_(q, 1 - momentum)

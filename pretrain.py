@@ -75,8 +75,8 @@ def get_args(argv=None):
         "a canvas below 224]")
     add("--fg-size", type=int, nargs=2, metavar=("LOW", "HIGH"), help="sides of a pasted crop, ends "
         "included; half the canvas to the canvas [paper 4.1: 128 to 256]")
-    add("--keep-aspect", action="store_true", help="fit a crop into the drawn sides instead of stretching it "
-        "to them [paper 4.1: off; released code: on]")
+    add("--keep-aspect", action="store_true", help="draw a crop's aspect from 1/2 to 2, and keep it "
+        "instead of stretching the crop to the drawn sides [paper 4.1: off; released code: on]")
     add("--aug-on", choices=["foreground", "composite"], default="foreground", help="where colour jitter, "
         "blur and flip act [paper 5; composite: released code]")
     add("--backgrounds", choices=["group", "dataset"], default="group", help="other samples of the group, or "
@@ -107,6 +107,8 @@ def get_args(argv=None):
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the stride of the network")
     if args.fg_size and not pasting:
         parser.error(f"--fg-size: --method {args.method} pastes nothing")
+    if args.keep_aspect and not pasting:
+        parser.error(f"--keep-aspect: --method {args.method} pastes nothing")
     if pasting:
         args.fg_size = args.fg_size or [args.image_size // 2, args.image_size]
         if not 1 <= args.fg_size[0] <= args.fg_size[1] <= args.image_size:
@@ -279,12 +281,12 @@ def boxes_of(view, args, device):
     return drawn
 
 
-def all_gather(rows, world):
+def all_gather(x, world):
     """(n, ...) of each rank -> (world * n, ...) on each, in the order of the ranks."""
     if world == 1:
-        return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
-    dist.all_gather(parts, rows.contiguous())
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
@@ -549,11 +551,15 @@ def main(rank, device, args, paths, data_digest):
                 save(args.out, state_after(step))
             stage.leave(failure + stage.go_on(args.out))
         waited += time.perf_counter() - before
-        for index in {index for group in batch for index in group["unreadable"]} - unreadable:
-            unreadable.add(index)
-            print(f"cannot read {os.fsdecode(paths[index])!r}: another image takes its place", flush=True)
+        for group in batch:
+            for index in group["unreadable"]:
+                if index not in unreadable:
+                    unreadable.add(index)
+                    path = os.fsdecode(paths[index])
+                    print(f"cannot read {path!r}: another image takes its place", flush=True)
 
-        # The key encoder follows the query encoder.
+        # The key encoder follows the query encoder. MoCo does this after the queries' forward pass, which is
+        # the same, since the optimizer steps last.
         momentum_update(encoder_k, encoder_q, args.ema)
 
         # Shuffle the keys over the groups of all ranks, so that BatchNorm sees a key among other images than
@@ -565,7 +571,7 @@ def main(rank, device, args, paths, data_digest):
         for part in split(key_view, args.bn_group):
             images = augment(part, args, device)
             with torch.no_grad(), autocast:
-                k.append(encoder_k(images, boxes_of(part, args, device)))                    # Eq. 4, 6
+                k.append(encoder_k(images, boxes_of(part, args, device)))                       # Eq. 6
         restore = permutation.argsort().to(device, non_blocking=True)
         k = all_gather(torch.cat(k), world)[restore]                                         # (B, L, D)
 
@@ -576,7 +582,7 @@ def main(rank, device, args, paths, data_digest):
             model.require_backward_grad_sync = group_number == own_groups[-1]   # ranks add up once a step
             images = augment(group["query"], args, device)
             with autocast:
-                q = model(images, boxes_of(group["query"], args, device))                    # Eq. 3, 5
+                q = model(images, boxes_of(group["query"], args, device))                       # Eq. 5
             loss, logits = info_nce(q, k[first:first + args.bn_group], queue.keys, args.temperature)  # Eq. 2
             (loss.sum() / n_own).backward()             # sum over levels, mean over groups
             with torch.no_grad():                       # on the device until a line is logged

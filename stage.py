@@ -16,6 +16,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import json
 import logging
 import multiprocessing.connection
 import multiprocessing.queues
@@ -383,10 +384,10 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
         except (Refusal, *data_errors) as error:
             raise Refusal(last_line(error)) from error
         except (OSError, EOFError, RuntimeError) as error:
-            if not workers or "in DataLoader worker process" in str(error):     # torch says so of the code
+            if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
                 raise
             end_workers()
-            with contextlib.suppress(OSError):      # at exit Python removes it, and complains if it is gone
+            with contextlib.suppress(OSError):      # Python removes it in the end, or complains
                 os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
             raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
                           "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
@@ -586,3 +587,46 @@ def find_images(folder):
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
         say(f"{folder}: {others.total()} files left out, whose endings are not read: {kinds}")
     return sorted(found)
+
+
+# ---- Probes ----------------------------------------------------------------------------------------------
+
+def start_probe(args, nets, images, progress=None):
+    """The settings of a probe's run and the checkpoint that it goes on from, or None.
+
+    nets: its frozen networks; images: a digest of its images; progress: the checkpoint's list that grows, or
+    None if the probe keeps no checkpoint. All processes leave if theirs differ.
+    """
+    settings = {**vars(args), "images": images, "nets": digest_of(nets)}
+    free = LOCAL | {"world", "weights", "trust", "boxes"}           # the digests stand for these
+    state = resume(args, settings, free) if progress else None
+    check_ranks({**settings, "done": len(state[progress]) if state else 0})
+    return settings, state
+
+
+def find_splits(args):
+    """DATA -> the paths of the images of train, of val, at any depth; a digest of their names."""
+    check_new(args, ("checkpoint.pth", "checkpoint_prev.pth", "results.json"))
+    paths, all_names = [], []
+    for split in ("train", "val"):
+        folder = os.path.join(args.data, split)
+        names = find_images(folder)
+        if len(names) <= max(3, args.world):
+            raise Refusal(f"{folder} has {len(names)} images; needed are four, and more than processes")
+        paths.append([os.path.join(folder, os.fsdecode(name)) for name in names])
+        all_names += [split.encode(), *names]
+    return *paths, digest(all_names)
+
+
+def digest_of(nets):
+    """Sixteen hex digits of all tensors of a network, bit for bit."""
+    return digest(tensor.cpu().numpy().tobytes() for tensor in nets.state_dict().values())
+
+
+def write_results(args, settings, nets, results):
+    """Writes `results`, a dict, and a probe's settings to results.json, if its nets are still the same."""
+    if digest_of(nets) != settings["nets"]:
+        raise Refusal("a frozen net has changed: the results are void")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        text = json.dumps({**results, "settings": settings, "commit": commit()}, indent=1)
+        write_atomically(os.path.join(args.out, "results.json"), lambda f: f.write(text.encode()))

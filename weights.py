@@ -3,6 +3,8 @@
 One rule reads them all: the one place in the file whose layers a torchvision ResNet loads with strict=True. A
 place is what stands before torchvision's names: "state_dict.module.encoder_q." for example.
 """
+import argparse
+import math
 import os
 import pickle
 import re
@@ -12,15 +14,40 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+from torchvision.transforms.v2.functional import center_crop, resize
 
-from insloc import FPNEncoder
+import stage
+from insloc import C4Encoder, FPNEncoder, make_resnet, read_image
 
-RESNETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "narrow18")
-INPUTS = {              # what no file says: mean and std of pixels, order of channels, stride in the 1x1
+RESNETS = ("resnet50", "resnet18", "narrow18", "resnet34", "resnet101", "resnet152")
+INPUTS = {              # mean and std of pixels, order of channels, stride in the 1x1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "RGB", False),
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "RGB", False),
     "caffe": ((103.53 / 255, 116.28 / 255, 123.675 / 255), (1 / 255, 1 / 255, 1 / 255), "BGR", True)}
+# What a file may say of its net, in words as `words_of` writes them, and the inputs that fit.
+SAYS = [(r"caffe(?!2)|msra|detectron2 model zoo|res2_0_branch2a_w", {"caffe"}),                 # its name
+        (r"to_rgb false|format bgr", {"caffe"}),                        # mmdetection's, detectron2's
+        (r"to_rgb true|format rgb", {"imagenet", "zero-one"}),
+        (r"style caffe|(stride_in_1x1|downsample_in_bottleneck) true", {"caffe"}),      # ..., Hugging Face's
+        (r"style pytorch|stride_in_1x1 false", {"imagenet", "zero-one"})]
+TRIPLE = re.compile(r"(?<![^ .])(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s? ([\d.]+) ([\d.]+) ([\d.]+)"
+                    r"(?![\d.]| \d)")                                   # three numbers, and no fourth
+BESIDE = ("config.json", "preprocessor_config.json", "config.yaml")     # timm's, Hugging Face's, detectron2's
+FOREIGN = {             # how a file begins that is no file of PyTorch's: what it is, and what to do
+    b"<": "a web page: fetch the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
+    b"{": "JSON, perhaps an index of shards: give one file of all tensors",
+    b"\x08": "a protocol buffer, as of ONNX or Caffe: convert it to PyTorch first",
+    b"\x89HDF": "HDF5, as Keras writes it: convert it to PyTorch first"}
+NEEDS_TRUST = {         # what torch.load's error says where it would have to run code: what the file is
+    "Unsupported operand": "has pickle protocol 4 or 5",
+    "TorchScript": "is a TorchScript archive",
+    ".tar format": "is a tar file, as torch 0.1 wrote"}
+IGNORED = ("argparse.Namespace numpy.dtype numpy.ndarray "              # of NumPy 1 and of NumPy 2
+           "numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
+           "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct")
 AVERAGE = re.compile(r"(^|[._])(k|key|ema|target|momentum|teacher|loss)[._]")       # loss: MoCo's in VISSL
+WRAPPER = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.")
 # Parts of names: others' -> detectron2's; detectron2's -> torchvision's, and ours for neck and box head.
 OTHERS = [(".convolution.", "."), (".normalization.", ".norm."), (".conv.", "."), (".bn.", ".norm."),
           ("backbone.bottom_up.", "backbone."), ("backbone.fpn_", "fpn_"), ("stem.conv1.", "conv1."),
@@ -54,13 +81,13 @@ class Weights(NamedTuple):
     dropped: tuple          # the file's own names of the tensors that are neither trunk nor extras
 
 
-def random_weights(resnet="resnet50", input="imagenet"):
-    """Weights without a tensor: what they are loaded into keeps its random init."""
-    return Weights({}, {}, resnet, "random init", *INPUTS[input], ())
+def random_weights(resnet="resnet50", input=None):
+    """Returns Weights that hold no tensor: what they are loaded into keeps its random init."""
+    return Weights({}, {}, resnet, "random init", *INPUTS[input or "imagenet"], ())
 
 
 class Pixels(torch.nn.Module):
-    """uint8 RGB images (N, 3, H, W) -> the input that these weights know, float32.
+    """Turns uint8 RGB images (N, 3, H, W) into the input that these weights know, float32.
 
     torchvision's Normalize would copy mean and std to the GPU in every call, and wait for it.
     """
@@ -76,7 +103,7 @@ class Pixels(torch.nn.Module):
 
 
 def load_trunk(resnet, weights):
-    """The trunk into torchvision's ResNet, with the strides that the weights were trained with."""
+    """Loads the trunk into torchvision's ResNet, with the strides that the weights were trained with."""
     resnet.load_state_dict(weights.backbone or resnet.state_dict())
     for block in resnet.modules():
         if weights.stride_in_1x1 and hasattr(block, "conv3"):           # a bottleneck
@@ -84,138 +111,297 @@ def load_trunk(resnet, weights):
 
 
 class Ignored:
-    """Stands for options and NumPy's numbers. NumPy's own classes would let a file follow any pointer."""
+    """Stands for options and NumPy's objects. NumPy's own classes would let a file follow any pointer."""
     def __init__(self, *arguments):
         pass
-    __setstate__ = __init__
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):                         # a Namespace's options
+            vars(self).update(state)
 
 
 def add_weights_arguments(parser):
-    """--input, --prefix, --trust: how to read WEIGHTS."""
+    """Adds --input, --prefix and --trust, which say how to read WEIGHTS."""
     add = parser.add_argument
-    add("--input", choices=INPUTS, default="imagenet", help="the pixels WEIGHTS know [ours: most files']")
+    add("--input", choices=INPUTS, help="the pixels WEIGHTS know [ours: imagenet, if they say no other]")
     add("--prefix", help="the place in WEIGHTS to take [ours: the only one with a whole trunk]")
     add("--trust", action="store_true", help="let WEIGHTS run code, as a pickle does [ours: off]")
 
 
+# ---- What a file holds -----------------------------------------------------------------------------------
+
+def container_of(path, head):
+    """Returns "safetensors", "torch" or "pickle": who reads the file. ValueError if nobody does."""
+    if head[8:9] == b"{":
+        return "safetensors"
+    is_old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in head[:30]           # before 1.6
+    if head.startswith(b"PK") or head[257:262] == b"ustar" or is_old:
+        return "torch"
+    for start, what in FOREIGN.items():
+        if head.lstrip().startswith(start):
+            raise ValueError(f"it is {what}")
+    if head.startswith(b"\x80") or path.endswith(".pkl"):
+        return "pickle"
+    raise ValueError(f"damaged, or no file of tensors: it begins with {head[:8]}")
+
+
+def load(path, container, trust):
+    """Returns what a file holds, on the CPU. Raises whatever its reader raises."""
+    if container == "safetensors":
+        return safetensors.torch.load_file(path)
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch.load compares no check sums
+        raise ValueError("a check sum is wrong")
+    ignored = [(Ignored, name) for name in IGNORED.split()]
+    with open(path, "rb") as file, torch.serialization.safe_globals(ignored):
+        if container == "pickle":
+            return pickle.load(file, encoding="latin1")
+        return torch.load(file, map_location="cpu", weights_only=not trust)
+
+
 def read_file(path, trust=False):
-    """What torch.save, safetensors or a pickle wrote, on the CPU. Only with trust can the file run code.
+    """Returns what torch.save, safetensors or a pickle wrote, on the CPU. Only with trust can it run code.
 
     ValueError if it cannot be read, in one line that says what to do.
     """
-    if re.search(r"\.npy$|ckpt-\d+(\.(index|meta|data.*))?$", path):
-        raise ValueError("from JAX or TensorFlow: convert it to PyTorch first")
+    if re.search(r"\.(npy|npz|msgpack)$|ckpt-\d+(\.(index|meta|data.*))?$", path):
+        raise ValueError("it is from NumPy, JAX or TensorFlow: convert it to PyTorch first")
     if not os.path.isfile(path):                                        # a pipe or a device might never end
         raise ValueError("there is no such file; in a folder, checkpoint.pth is looked for")
     with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    is_pickle = path.endswith(".pkl") and not is_zip
-    if is_pickle and not trust:
+        container = container_of(path, file.read(300))
+    if container == "pickle" and not trust:
         raise ValueError("it is a pickle, which may run code: --trust reads it")
-    ignored = "argparse.Namespace numpy.dtype numpy.core.multiarray.scalar numpy._core.multiarray.scalar"
     try:
-        if path.endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        if is_pickle:
-            with open(path, "rb") as file:
-                return pickle.load(file, encoding="latin1")
-        if is_zip and zipfile.ZipFile(path).testzip():                  # torch.load compares no check sums
-            raise ValueError("a check sum is wrong")
-        with torch.serialization.safe_globals([(Ignored, name) for name in ignored.split()]):
-            return torch.load(path, map_location="cpu", weights_only=not trust)
+        return load(path, container, trust)
     except ImportError as error:
         raise ValueError(f"install {error.name}, which it asks for (JAX's files must be converted)") from None
-    except Exception as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            raise ValueError(f"it asks for {asked[1]}, which may run code: --trust reads it") from None
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(f"damaged, or no file of tensors: {reason}") from None
+    except AttributeError as error:
+        raise ValueError(f"save a state_dict() with the program that wrote it: {error}") from None
+    except Exception as error:                                          # torch.load raises whatever it meets
+        raise ValueError(reason_of(str(error) or type(error).__name__)) from None
 
 
-def tensors_in(content, place=""):
-    """Pairs of a name, the keys of dicts in dicts joined by dots, and a tensor, float32 or int64."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from tensors_in(value, f"{place}{key}.")
-        elif isinstance(value, (torch.Tensor, np.ndarray)):
-            tensor = torch.as_tensor(value).detach()
-            yield f"{place}{key}", tensor.float() if tensor.is_floating_point() else tensor.long()
+def reason_of(message):
+    """Returns why a file cannot be read, in one line, out of the message of torch.load or another reader."""
+    asked = re.search(r"GLOBAL (\S+)", message)
+    if asked:
+        return f"it asks for {asked[1]}, which may run code: --trust reads it"
+    for words, what in NEEDS_TRUST.items():
+        if words in message:
+            return f"it {what}, which may run code: --trust reads it"
+    return f"damaged, or no file of tensors: {message.splitlines()[0].split('. ')[0]}"
 
 
-def read_weights(path, trust=False, prefix=None, input="imagenet"):
-    """Weights of a run directory of ours or any system's checkpoint, which with trust may run code.
+def leaves(value, name=""):
+    """Yields pairs of a name, the keys of dicts in dicts joined by dots, and what stands there."""
+    if isinstance(value, (Ignored, argparse.Namespace)):
+        value = vars(value)
+    elif isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from leaves(part, f"{name}.{key}" if name else str(key))
 
-    prefix: the place to take, a moving average's too. input: a key of INPUTS. ValueError, in one line, if no
-    place is whole (it names the nearest and its faults), or two that differ are.
+
+def is_dense(tensor):
+    """Tells a tensor whose numbers can be read from quantised, sparse, nested, meta and distributed ones."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return is_plain and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+
+
+def numbers_of(name, tensor):
+    """Returns a layer's tensor or array on the CPU: float32, or int64 if it is BatchNorm's counter."""
+    is_counter = name.endswith("num_batches_tracked")
+    if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "iuf":   # of either byte order
+        tensor = torch.from_numpy(tensor.astype(np.float32 if tensor.dtype.kind == "f" else np.int64))
+    if not is_dense(tensor) or not (is_counter or tensor.is_floating_point()):
+        raise ValueError(f"{name} is quantised, sparse, without values, or not of floating-point numbers")
+    return tensor.detach().to("cpu", torch.int64 if is_counter else torch.float32)
+
+
+# ---- What it says of its net -----------------------------------------------------------------------------
+
+def words_of(path, content):
+    """Returns what a file and the configurations beside it say, a line for each entry, as words in small
+    letters with a space between them: "img_norm_cfg dict mean 103.53 116.28 123.675 to_rgb false"."""
+    lines = [f"file {os.path.basename(path)}"]
+    for name, value in content:
+        is_readable = isinstance(value, np.ndarray) or is_dense(value)
+        if is_readable and math.prod(value.shape) == 3:                 # perhaps a buffer of the pixels' mean
+            value = value.flatten().tolist()
+        lines.append(f"{name} {value}" if isinstance(value, (str, int, float, list, tuple)) else name)
+    for name in BESIDE:
+        beside = os.path.join(os.path.dirname(path), name)
+        if os.path.isfile(beside):
+            with open(beside, errors="replace") as file:
+                lines.append(file.read(10 ** 6))
+    return "\n".join(re.sub(r"[^\w.]+", " ", line.lower()) for line in lines)
+
+
+def inputs_said(words):
+    """Returns {what the words say of the net's input: the set of inputs that fit}."""
+    said = {}
+    for pattern, fits in SAYS:
+        met = re.search(pattern, words)
+        if met:
+            said[met[0]] = fits
+    for kind, *numbers in TRIPLE.findall(words):
+        values, fits = np.array(numbers, float), set()
+        for name, (mean, std, _, _) in INPUTS.items():
+            for value in (values, values / 255):                        # of pixels up to 1, or up to 255
+                if np.allclose(value, mean if kind == "mean" else std, rtol=0.02, atol=0.001):
+                    fits.add(name)
+        said["{} {:g} {:g} {:g}".format(kind, *values)] = fits
+    if "proposal_generator." in words and not said and "res5.norm." not in words:       # that norm is MoCo's
+        said["proposal_generator, and detectron2 takes BGR by default"] = {"caffe"}
+    return said
+
+
+def check_input(words, given):
+    """Returns a remark if the words contradict the given input, or ''. ValueError if none is given.
+
+    A wrong input costs much AP, and nothing else shows it.
+    """
+    said = inputs_said(words)
+    against = ", ".join(what for what, fits in said.items() if (given or "imagenet") not in fits)
+    if not against:
+        return ""
+    if given:
+        return f"; --input {given} was given, but it, or a configuration beside it, says {against}"
+    fits = set(INPUTS).intersection(*said.values())
+    advice = f"--input {min(fits)} takes it" if fits else "no --input is that, yet one that is given holds"
+    raise ValueError(f"it, or a configuration beside it, says {against}: {advice}")
+
+
+# ---- Where its trunk is ----------------------------------------------------------------------------------
+
+def our_name(name, is_caffe2=False):
+    """Returns a tensor's or place's name in torchvision's words, or ours for neck and box head."""
+    name = WRAPPER.sub("", name)
+    if is_caffe2 and not name.endswith("_momentum"):                    # res2_0_branch2a_bn_s
+        name = re.sub(r"\.[ws]$", ".weight", name.replace("_", "."))
+        name = re.sub(r"\.b$", ".bias", name)                           # res2.0.branch2a.bn.weight
+    for theirs, ours in OTHERS + DETECTRON2:
+        if theirs in name:
+            name = re.sub(r"\b" + re.escape(theirs), ours, name)
+    return name
+
+
+def in_our_names(file):
+    """Turns {the file's own name: tensor} into {our name: tensor} and {our name: the file's own}."""
+    is_caffe2 = any(name.endswith("res2_0_branch2a_w") for name in file)
+    tensors, theirs = {}, {}
+    for name, tensor in file.items():
+        ours = our_name(name, is_caffe2)
+        if ours in tensors:                                             # the second one keeps its own name
+            ours = name
+        tensors[ours] = tensor
+        theirs[ours] = name
+        if name.endswith("_bn_s"):          # Caffe2's norms are scale and shift alone; BatchNorm's adds 1e-5
+            tensors[ours.replace("weight", "running_mean")] = tensor * 0
+            tensors[ours.replace("weight", "running_var")] = tensor * 0 + (1 - 1e-5)
+    return tensors, theirs
+
+
+def candidates(tensors, prefix):
+    """Returns the places to look at and a remark on moving averages, which are taken if nothing else is."""
+    matches = [re.match(r"(.*?)layer\d\.\d+\.conv\d\.weight$", name) for name in tensors]
+    places = sorted({match[1] for match in matches if match})
+    if prefix is not None:
+        place = prefix and our_name(prefix.rstrip(".") + ".")
+        longer = [other for other in places if place and other.endswith(f".{place}")]
+        return longer if longer and place not in places else [place], ""
+    averages = [place for place in places if AVERAGE.search(place)]
+    others = [place for place in places if place not in averages]
+    if not averages or not others:
+        return places, "; it is a moving average" if averages else ""
+    return others, f"; a moving average is at {averages[0]!r}, --prefix takes it"
+
+
+def trunk_at(place, tensors):
+    """Returns the name of the ResNet whose layers stand at a place, and {torchvision's name: tensor} of it.
+
+    ValueError if no ResNet loads them with strict=True, with the faults of the nearest one.
+    """
+    layers, faults = {}, []
+    for name, tensor in tensors.items():
+        if re.match(re.escape(place) + r"(conv\d|bn\d|layer\d\.\d+)\.", name):
+            layers[name[len(place):]] = numbers_of(name, tensor)
+    for resnet in RESNETS:
+        with torch.device("meta"):                                      # shapes alone, until it loads
+            net = make_resnet(resnet)
+        try:
+            net.load_state_dict(layers, assign=True)                    # counters that are missing become 0
+            return resnet, net.state_dict()
+        except RuntimeError as error:
+            faults.append(f"{resnet} at {place!r}: {' '.join(str(error).split())}")
+    raise ValueError(min(faults, key=count_faults))
+
+
+def count_faults(text):
+    """Returns how many layers load_state_dict's message names: in quotation marks, or as a mismatch."""
+    return text.count('"') + 2 * text.count("size mismatch")
+
+
+def choose_place(tensors, prefix):
+    """Returns the one place that has a whole trunk, its ResNet, the trunk, and a remark on averages.
+
+    ValueError if there is none, with the nearest and its faults, or if there are two that differ.
+    """
+    places, remark = candidates(tensors, prefix)
+    found, faults = [], []
+    for place in places:
+        try:
+            found.append((place, *trunk_at(place, tensors)))
+        except ValueError as error:
+            faults.append(str(error))
+    if not found:
+        names = ", ".join(list(tensors)[:3]) or "no tensors (NumPy's arrays need --trust)"
+        nearest = min(faults, key=count_faults, default=f"none, it has {names}")[:300]
+        raise ValueError(f"no whole ResNet with torchvision's stem and blocks{remark}; nearest: {nearest}")
+    place, resnet, trunk = found[0]
+    for other, _, twin in found[1:]:
+        if not all(map(torch.equal, trunk.values(), twin.values())):
+            raise ValueError(f"two ResNets, at {place!r} and {other!r}: --prefix PREFIX chooses one")
+    return place, resnet, trunk, remark
+
+
+def read_weights(path, trust=False, prefix=None, input=None):
+    """Reads the weights of a run directory of ours or any system's checkpoint, which with trust may run code.
+
+    prefix: the place to take, a moving average's too, in the file's words or ours. input: a key of INPUTS, or
+    None for imagenet, unless the file says otherwise. ValueError, in one line, if it does, if no place has a
+    whole trunk, if two that differ have one, or if a value is not finite.
     """
     if os.path.isdir(path):
         runs = [os.path.join(path, f"{name}.pth") for name in ("checkpoint", "checkpoint_prev", "backbone")]
         path = next(filter(os.path.exists, runs), path)
-    content = read_file(path, trust)
-    content = content if isinstance(content, dict) else {}
-    file = dict(tensors_in(content))
-    caffe2 = any(name.endswith("res2_0_branch2a_w") for name in file)
-    maker = f"{os.path.basename(path)} {content.get('__author__')}"
-    if input != "caffe" and (caffe2 or re.search("detectron2 model zoo|caffe|msra", maker, re.IGNORECASE)):
-        raise ValueError("trained on BGR pixels, as Caffe's nets: --input caffe says so")
-    tensors, theirs = {}, {}
-    for name, tensor in file.items():
-        ours = name
-        if caffe2 and not name.endswith("_momentum"):                   # res2_0_branch2a_bn_s
-            ours = re.sub(r"\.[ws]$", ".weight", name.replace("_", "."))
-            ours = re.sub(r"\.b$", ".bias", ours)                       # res2.0.branch2a.bn.weight
-        for old, new in OTHERS + DETECTRON2:
-            ours = re.sub(r"\b" + re.escape(old), new, ours) if old in ours else ours
-        tensors[ours] = tensor
-        theirs[ours] = name
-        if name.endswith("_bn_s"):          # Caffe2's norms are scale and shift alone; BatchNorm's adds 1e-5
-            tensors[ours.replace("weight", "running_mean")] = torch.zeros_like(tensor)
-            tensors[ours.replace("weight", "running_var")] = torch.full_like(tensor, 1 - 1e-5)
-
-    matches = [re.match(r"(.*?)layer\d\.\d+\.conv\d\.weight$", name) for name in tensors]
-    places = {match[1] for match in matches if match}
-    averages = sorted(place for place in places if prefix is None and AVERAGE.search(place))
-    hint = f"; a moving average is at {averages[0]!r}, --prefix takes it" if averages else ""
-    whole, faults = [], []
-    chosen = places.difference(averages) if prefix is None else [prefix and prefix.rstrip(".") + "."]
-    for place in sorted(chosen):
-        here = {name[len(place):]: x for name, x in tensors.items() if name.startswith(place)}
-        layers = {name: x for name, x in here.items() if re.match(r"(conv\d|bn\d|layer\d\.\d+)\.", name)}
-        for resnet in RESNETS:
-            with torch.device("meta"):                                  # shapes alone, until it loads
-                encoder = FPNEncoder(resnet)
-            try:
-                encoder.resnet.load_state_dict(layers, assign=True)     # counters that are missing become 0
-                whole.append((place, resnet, encoder))
-                break
-            except RuntimeError as error:
-                faults.append(f"{resnet} at {place!r}: {' '.join(str(error).split())}")
-    if not whole:
-        nearest = min(faults, key=lambda text: text.count('"') + 2 * text.count("size mismatch"),
-                      default=f"none, it has {', '.join(list(file)[:3]) or 'no tensors'}")[:300]
-        raise ValueError(f"no whole ResNet with torchvision's stem and blocks{hint}; nearest: {nearest}")
-    place, resnet, encoder = whole[0]
-    backbone = encoder.resnet.state_dict()
-    for other, _, twin in whole[1:]:
-        if not all(map(torch.equal, backbone.values(), twin.resnet.state_dict().values())):
-            raise ValueError(f"two ResNets, at {place!r} and {other!r}: --prefix PREFIX chooses one")
+    content = list(leaves(read_file(path, trust)))
+    file = {name: x for name, x in content if isinstance(x, (torch.Tensor, np.ndarray))}
+    tensors, theirs = in_our_names(file)
+    place, resnet, backbone, remark = choose_place(tensors, prefix)
+    remark += check_input(words_of(path, content), input)
 
     parent = re.sub(r"\b(resnet|backbone)\.$", "", place)
-    shapes = {name: x.shape for name, x in encoder.state_dict().items() if re.match("fpn|box_head", name)}
-    extras = {name: tensors[parent + name] for name in shapes if parent + name in tensors}
-    if {name: x.shape for name, x in extras.items()} != shapes:         # in whole, or nothing
+    with torch.device("meta"):
+        encoder = FPNEncoder(resnet).state_dict()
+    parts = {name: x.shape for name, x in encoder.items() if name.startswith(("fpn.", "box_head."))}
+    extras = {name: numbers_of(name, tensors[parent + name]) for name in parts if parent + name in tensors}
+    if {name: x.shape for name, x in extras.items()} != parts:          # in whole, or nothing
         extras = {}
     for name, x in {**backbone, **extras}.items():
-        if not x.sum().isfinite():                                      # faster than one by one
-            raise ValueError(f"{name} has values that are not finite")
+        if not x.sum().isfinite() or name.endswith("running_var") and x.min() < -1e-5:
+            raise ValueError(f"{name} has values that are not finite, or variances below 0")
     used = {place + name for name in backbone} | {parent + name for name in extras}
     dropped = tuple(name for ours, name in theirs.items() if ours not in used)
-    return Weights(backbone, extras, resnet, f"{resnet} at {place!r}{hint}", *INPUTS[input], dropped)
+    source = f"{resnet} at {place!r}{remark}"
+    return Weights(backbone, extras, resnet, source, *INPUTS[input or "imagenet"], dropped)
 
 
 def to_detectron2(weights, arch):
-    """{detectron2's name: tensor} for its R50-C4 ("c4") or R50-FPN ("fpn"), to be loaded by exact names."""
+    """Returns {detectron2's name: tensor} for its R50-C4 ("c4") or R50-FPN ("fpn"), loaded by exact names."""
     renamed = {}
     for name, tensor in {**weights.backbone, **(weights.extras if arch == "fpn" else {})}.items():
         for theirs, ours in DETECTRON2:
@@ -225,3 +411,52 @@ def to_detectron2(weights, arch):
             place = "roi_heads."
         renamed[place + re.sub(r"^conv1\.", "stem.conv1.", name)] = tensor
     return renamed
+
+
+# ---- Frozen networks and the images they see: what the probes share --------------------------------------
+
+def frozen_nets(args, arch, device):
+    """A probe's networks {"random": net, "given": net} and {name: what it was read from}.
+
+    The random net has the ResNet of WEIGHTS, and stands alone if they are `random`. What a file lacks of an
+    encoder is random, too. The networks are in eval mode and ask for no gradient; `.pixels` makes their input
+    of uint8 images. Refusal if WEIGHTS cannot be read.
+    """
+    if args.weights == "random":
+        found = {"random": random_weights(args.resnet)}
+    else:
+        try:
+            given = read_weights(args.weights, args.trust, args.prefix, args.input)
+        except (OSError, ValueError) as error:
+            raise stage.Refusal(f"{args.weights}: {error}") from error
+        found = {"random": random_weights(given.resnet), "given": given}
+    nets, sources = torch.nn.ModuleDict(), {}
+    for name, weights in found.items():
+        torch.manual_seed(args.seed)
+        if arch == "fpn":
+            encoder = FPNEncoder(weights.resnet)
+            source = f"{weights.source}, {len(weights.extras)} tensors of its neck and box head"
+        else:
+            encoder = C4Encoder(weights.resnet, roi_size=min(14, args.image_size // 16))    # as pretrain.py
+            source = weights.source
+        load_trunk(encoder.resnet, weights)
+        encoder.load_state_dict(weights.extras, strict=False)           # those of an FPN mean nothing to C4
+        encoder.pixels = Pixels(weights)
+        nets[name] = encoder
+        sources[name] = source
+    return nets.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), sources
+
+
+def read_photo(path):
+    """An image file as uint8 (3, H, W). Refusal if it cannot be read: a score of the others would mislead."""
+    try:
+        return read_image(path)
+    except OSError as error:
+        raise stage.Refusal(f"{path} cannot be read: {stage.last_line(error)}") from error
+
+
+def centre_view(image, size):
+    """The centre crop (3, size, size) of an image (3, H, W) whose short side is 8/7 of it. [MoCo v2]"""
+    longest = 4 * min(image.shape[1:])          # a long strip, resized as a whole, would take gigabytes
+    image = center_crop(image, [min(side, longest) for side in image.shape[1:]])
+    return center_crop(resize(image, [size * 8 // 7]), [size, size])    # 224 out of 256

@@ -14,12 +14,17 @@ import torch
 from PIL import Image
 
 import pretrain
+import toy
 from stage import SIGNALS
 
 # A shell that starts pytest in the background has SIGINT ignored, which the processes below would inherit.
 for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+# Before a program under pdb: without it, Python 3.13.0 takes the program's options for pdb's own. Later ones
+# refuse it.
+PDB_SEPARATOR = ["--"] if sys.version_info[:3] == (3, 13, 0) else []
 
 SMALL = ("--arch c4 --resnet narrow18 --image-size 64 --batch-size 12 --bn-group 3 --lr 0.02 --queue-size 20 "
          "--ema 0.9 --device cpu --log-every 1 --workers 0").split()
@@ -42,6 +47,14 @@ def write_images(folder, count, start=0):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("photos"), 40)      # three steps of 12 an epoch, four left
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small detection set in COCO's and VOC's layout. Tests that change it copy it."""
+    out = tmp_path_factory.mktemp("toy") / "world"
+    toy.write_world(str(out), train=0, val=0, det_train=20, det_val=8)
+    return out
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Section 5 of insloc.py, encoders, against a slow RoIAlign, torchvision's ResNet and detectron2's parts."""
 import copy
 import math
-import types
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from conftest import paper_boxes, seeded
 from torch import nn
 
 from insloc import C4Encoder, FPNEncoder, make_resnet, roi_pool
-from weights import to_detectron2
 
 both_encoders = pytest.mark.parametrize("kind", [C4Encoder, FPNEncoder])
 both_modes = pytest.mark.parametrize("training", [False, True])
@@ -64,35 +62,6 @@ def test_narrow18_is_resnet18_with_layers_of_a_quarter_of_the_width():
     added = {name for name in narrow.state_dict() if name not in wide.state_dict()}
     assert {name.split("downsample")[0] for name in added} == {"layer1.0."}
     assert set(wide.state_dict()) <= set(narrow.state_dict())
-
-
-def test_narrow50_is_detectron2s_resnet50_of_a_quarter_of_the_width():
-    from detectron2.config import get_cfg
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling.backbone import build_resnet_backbone
-
-    torch.manual_seed(0)
-    net = make_resnet("narrow50").eval()
-    config = get_cfg()
-    config.merge_from_list([
-        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 16,
-        "MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.RESNETS.NORM", "BN",
-        "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]])
-    theirs = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
-    renamed = to_detectron2(types.SimpleNamespace(backbone=net.state_dict(), extras={}), "fpn")
-    state = {name.removeprefix("backbone.bottom_up."): x for name, x in renamed.items()}
-    loaded = theirs.load_state_dict(state)
-    assert not loaded.missing_keys and not loaded.unexpected_keys
-    maps = trunk_maps(net, pictures(2, 96))
-    for name, x in theirs(pictures(2, 96)).items():
-        torch.testing.assert_close(maps[name.replace("res", "c")], x, rtol=0, atol=1e-5)
-    assert net.inplanes == maps["c5"].shape[1] == 512
-
-
-@both_encoders
-def test_a_narrow50_encoder_runs(kind):
-    net = encoder(kind, "narrow50")
-    assert net(pictures(2, 64), paper_boxes(2, 31, 64, 32)).shape == (2, len(net.levels), 128)
 
 
 def test_initial_weights_follow_torchvision_and_detectron2():

@@ -13,6 +13,7 @@ import torch
 
 import fake_cuda
 import pretrain
+import probe_box
 import probe_cls
 import probe_loc
 from conftest import write_images
@@ -129,10 +130,12 @@ def run_probe(probe, line, folder, **replaced):
 
 @pytest.mark.parametrize("probe, line", [
     (probe_cls, "--epochs 1 --batch-size 4 --precision bf16"), (probe_cls, "--knn 2 --batch-size 4"),
-    (probe_loc, "--arch c4 --epochs 1"), (probe_loc, "--arch fpn --epochs 1 --precision bf16")])
+    (probe_loc, "--arch c4 --epochs 1"), (probe_loc, "--arch fpn --epochs 1 --precision bf16"),
+    (probe_box, "--protocol swap --arch c4"), (probe_box, "--protocol swap --arch fpn --precision bf16")])
 def test_the_probes_encode_without_waits_but_for_taking_the_features(probe, line, tmp_path):
     gpu = run_probe(probe, line, tmp_path, save_checkpoint=lambda *_: None)
-    assert {function for _, function, _ in gpu.waited} == {"encode" if probe is probe_cls else "pixel_energy"}
+    waits = {probe_cls: {"encode"}, probe_loc: set(), probe_box: {"pixel_energy"}}
+    assert {function for _, function, _ in gpu.waited} == waits[probe]
 
 
 def test_what_a_probe_saves_lies_on_the_cpu(tmp_path):

@@ -534,6 +534,7 @@ BAD = {
     "boxes the wrong way round": (["--fg-size", 30, 20, "DATA"], "LOW <= HIGH"),
     "canvas off the stride": (["--image-size", 40, "DATA"], "multiple of 32"),
     "paste size without pasting": (["--method", "ra", "--fg-size", 8, 16, "DATA"], "pastes nothing"),
+    "aspect without pasting": (["--method", "moco", "--keep-aspect", "DATA"], "pastes nothing"),
     "canvas of nothing": (["--image-size", 0, "DATA"], "multiple of 32"),
     "pooling to nothing": (["--roi-size", 0, "DATA"], "--roi-size must be at least 1"),
     "no epochs": (["--epochs", 0, "DATA"], "--epochs must be at least 1"),

@@ -4,6 +4,7 @@ import ast
 import functools
 import glob
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,10 +15,10 @@ import types
 import pytest
 import torch
 
-from insloc import FPNEncoder
+from insloc import FPNEncoder, make_resnet, read_image
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ("pretrain", "finetune_det", "probe_cls", "probe_loc")
+SCRIPTS = ("pretrain", "finetune_det", "probe_cls", "probe_loc", "probe_box")
 SOURCE = r"\[(paper|released code|MoCo v2|detectron2|ours)\b"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
 
@@ -27,9 +28,10 @@ def read(name):
         return f.read()
 
 
-DOCS = {os.path.relpath(path, HERE): read(path)
-        for path in [f"{HERE}/README.md", *sorted(glob.glob(f"{HERE}/docs/*.md"))]}
-README, METHOD, DEBUGGING = DOCS["README.md"], read("insloc.py"), DOCS["docs/debugging.md"]
+DOCS = {os.path.relpath(path, HERE): read(path) for path in [
+    f"{HERE}/README.md", *sorted(glob.glob(f"{HERE}/docs/*.md")), f"{HERE}/docs/results/README.md"]}
+README, DEBUGGING, WEIGHTS = DOCS["README.md"], DOCS["docs/debugging.md"], DOCS["docs/weights.md"]
+METHOD = read("insloc.py")
 TEXT = "\n".join(DOCS.values())
 
 
@@ -141,7 +143,7 @@ def defined(path):
 
 
 def test_symbols_and_tests_that_are_named_exist():
-    for file, name in re.findall(r"`(\w+\.py):([\w.]+)`", TEXT):
+    for file, name in re.findall(r"`((?:tools/)?\w+\.py):([\w.]+)`", TEXT):
         assert name in defined(("tests/" if file.startswith("test_") else "") + file), f"{file}:{name}"
     tests = set().union(*map(defined, glob.glob("tests/test_*.py", root_dir=HERE)))
     assert set(re.findall(r"`(test_\w+)`", TEXT)) <= tests
@@ -150,7 +152,7 @@ def test_symbols_and_tests_that_are_named_exist():
 def test_the_audit_leaves_nothing_of_the_paper_out():
     table = rows(section(DOCS["docs/audit.md"], "Paper, code, test"))
     for _, what, here, tests in table:
-        assert "not drawn" in here or ".py:" in here and "test_" in tests, what
+        assert ".py:" in here and "test_" in tests, what
     covered = set()
     items = " ".join(row[0] for row in table)
     for kind, numbers in re.findall(r"(Eq\.|Fig\.|Tables?) (\d(?:[-\d]| to \d|, \d)*)", items):
@@ -177,6 +179,7 @@ def write_toy(folder, count):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="pdb of 3.13.0 cannot, see docs/debugging.md")
 def test_the_six_breakpoints_show_what_is_promised(tmp_path):
     text = section("\n" + DEBUGGING, "Six breakpoints")
     command = re.search(r"^    python (-m pdb .*?toy/images)$", text, re.M | re.S)[1].replace("\\\n", " ")
@@ -233,7 +236,7 @@ PIECES = programs(DEBUGGING)
 
 
 def test_there_are_five_pieces_and_two_detectors():
-    assert len(PIECES) == 5 and len(programs(README)) == 2
+    assert len(PIECES) == 5 and len(programs(WEIGHTS)) == 2
 
 
 @pytest.mark.parametrize("program", PIECES, ids=["encoder", "jitter", "photometric", "queue", "loader"])
@@ -266,7 +269,7 @@ def pretrained(tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("program", programs(README), ids=["Faster R-CNN", "Mask R-CNN"])
+@pytest.mark.parametrize("program", programs(WEIGHTS), ids=["Faster R-CNN", "Mask R-CNN"])
 def test_torchvisions_detectors_take_the_weights(program, monkeypatch, pretrained):
     encoder, folder = pretrained
     monkeypatch.chdir(folder)
@@ -289,6 +292,47 @@ def test_torchvisions_detectors_take_the_weights(program, monkeypatch, pretraine
 # ---- Results ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(f"{HERE}/tools")
+    return importlib.import_module("figures")
+
+
+def marks(path, color):
+    """The colour's number of pixels in a picture; color (r, g, b)."""
+    pixels = read_image(str(path)).permute(1, 2, 0).int()
+    return ((pixels - torch.tensor(color)).abs().amax(dim=2) < 8).sum().item()
+
+
+def test_fig1_shows_table_3a_and_ones_own_runs(figures, tmp_path):
+    assert figures.paper_points() == {"SwAV": (70.1, 34.0), "BYOL": (74.3, 37.5), "MoCo-v2": (67.7, 38.9),
+                                      "InsLoc": (61.7, 39.5)}
+    for name, content in (("cls", {"results": {"given": {"top1": 50.0}}}), ("det", {"mean": {"APbb": 36.0}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    own = figures.own_point(tmp_path / "cls.json", tmp_path / "det.json")
+    assert own == (50.0, 36.0)
+    red = (224, 30, 30)
+    figures.draw_fig1({}, tmp_path)
+    assert marks(tmp_path / "fig1.png", red) == 0
+    figures.draw_fig1({"mine": own}, tmp_path)
+    assert marks(tmp_path / "fig1.png", red) > 20
+
+
+def test_fig4_shows_the_cells_of_the_probe(figures, monkeypatch, tmp_path):
+    figures.draw_fig4(tmp_path)
+    nine = marks(tmp_path / "fig4.png", (255, 255, 255))
+    monkeypatch.setattr(figures.probe_loc, "grid_boxes", lambda size: figures.grid_anchors(size)[:0])
+    figures.draw_fig4(tmp_path)
+    assert nine > marks(tmp_path / "fig4.png", (255, 255, 255)) + 500
+
+
+def test_swap_draws_a_column_for_each_net(figures, tmp_path):
+    torch.save(make_resnet("narrow18").state_dict(), tmp_path / "net.pth")
+    figures.draw_swap([["mine", str(tmp_path / "net.pth")]], tmp_path, size=64)
+    columns = read_image(str(tmp_path / "swap.png")).float().mean(dim=(0, 1)).chunk(3)
+    assert all(column.std() > 5 for column in columns)                  # the composites, random, mine
+
+
+@pytest.fixture
 def check(monkeypatch):
     monkeypatch.syspath_prepend(f"{HERE}/docs/results")
     return importlib.import_module("check")
@@ -296,8 +340,8 @@ def check(monkeypatch):
 
 def test_the_tables_of_results_are_what_their_files_say(check):
     assert check.missing() == []
-    runs = [name for trunk in check.SECOND for name in os.listdir(f"{HERE}/docs/results/{trunk}")]
-    assert len(runs) >= 7 and len(read("docs/results/README.md").splitlines()) <= 120
+    runs = [name for trunk in check.SECOND for name in os.listdir(f"{HERE}/docs/results/second/{trunk}")]
+    assert len(runs) >= 7 and len(read("docs/results/README.md").splitlines()) <= 160
 
 
 def test_a_wrong_figure_in_a_table_is_found(check, monkeypatch):

@@ -1,4 +1,4 @@
-"""The toy world: the same bytes every time, and annotations that are what was drawn."""
+"""The generated data set: the same bytes every time, and annotations that are what was drawn."""
 import hashlib
 import json
 import os
@@ -30,7 +30,8 @@ def digests(folder):
 
 def test_the_same_seed_writes_the_same_bytes_and_counts_change_no_picture(world, tmp_path):
     toy.write_world(str(tmp_path / "fewer"), **{**COUNTS, "train": 20})
-    fewer, whole = digests(tmp_path / "fewer"), digests(world)
+    fewer = digests(tmp_path / "fewer")
+    whole = digests(world)
     assert fewer.items() < whole.items() and len(whole) - len(fewer) == 20 + 40
     toy.write_world(str(tmp_path / "other"), seed=1, train=20, val=0, det_train=0, det_val=0)
     assert not set(digests(tmp_path / "other").values()) & set(whole.values())
@@ -58,7 +59,8 @@ def test_coco_polygons_areas_and_boxes_agree_with_each_other(world):
     assert any(not coco.getAnnIds(imgIds=i) for i in coco.imgs)                 # a picture without objects
     for annotation in coco.anns.values():
         mask = coco.annToMask(annotation)
-        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+        rows = np.nonzero(mask.any(1))[0]
+        columns = np.nonzero(mask.any(0))[0]
         x, y, w, h = annotation["bbox"]
         drawn = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
         np.testing.assert_allclose((x, y, x + w, y + h), drawn, atol=2)     # corners thinner than a pixel
@@ -86,10 +88,13 @@ def test_voc_boxes_are_the_coco_boxes(world):
         tree = ElementTree.parse(world / f"VOC2007/Annotations/{name}.xml")
         image = Image.open(world / f"VOC2007/JPEGImages/{name}.jpg")
         assert (int(tree.find("size/width").text), int(tree.find("size/height").text)) == image.size
-        theirs = [[int(box.find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")]
-                  for box in tree.iter("bndbox")]
-        ours = [a["bbox"] for a in coco.imgToAnns[number]]
-        ours = [[np.floor(x) + 1, np.floor(y) + 1, np.ceil(x + w), np.ceil(y + h)] for x, y, w, h in ours]
+        theirs = []
+        for box in tree.iter("bndbox"):
+            theirs.append([int(box.find(side).text) for side in ("xmin", "ymin", "xmax", "ymax")])
+        ours = []
+        for annotation in coco.imgToAnns[number]:
+            x, y, w, h = annotation["bbox"]
+            ours.append([np.floor(x) + 1, np.floor(y) + 1, np.ceil(x + w), np.ceil(y + h)])
         assert theirs == ours
     for year in (2007, 2012):
         assert len((world / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split()) == 6
@@ -99,7 +104,8 @@ def test_no_colour_tells_the_class(world):
     """Nearest class mean of the mean colour, leave one out: near chance, one in five."""
     data = ImageFolder(world / "images" / "train")
     colours = np.stack([np.asarray(image).mean((0, 1)) for image, _ in data])
-    labels, hits = np.array(data.targets), 0
+    labels = np.array(data.targets)
+    hits = 0
     for i in range(len(labels)):
         rest = np.arange(len(labels)) != i
         means = [colours[rest & (labels == c)].mean(0) for c in range(5)]
@@ -113,7 +119,8 @@ def test_no_colour_tells_the_class(world):
     (["{new}", "--train", "-1"], "negative"), (["{new}", "--train", "many"], "invalid int")])
 def test_refusals_are_one_line(tmp_path, arguments, word):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "a").touch(), (tmp_path / "file").touch()
+    (tmp_path / "there" / "a").touch()
+    (tmp_path / "file").touch()
     places = {name: tmp_path / name for name in ("there", "file", "new")}
     command = [sys.executable, toy.__file__] + [argument.format(**places) for argument in arguments]
     run = subprocess.run(command, capture_output=True, text=True)

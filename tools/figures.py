@@ -1,38 +1,53 @@
-"""The pictures of README and docs, drawn from generated images by the method's own code.
+"""The documents' pictures, drawn by the method's own code from the photographs in docs/photos.
 
-    python tools/figures.py toy/images docs         # after `make demo` or `python tools/toy.py toy`
+    python tools/figures.py docs                        # all but swap.png
+    python tools/figures.py docs --point mine runs/cls_mine/results.json runs/det_mine/results.json
+    python tools/figures.py docs/results --run moco runs/moco --run insloc runs/insloc
 
-OUT/composites.png  four samples, query and key, as pretrain.py draws them
-OUT/step.png    one instance through a step, Fig. 2 of the paper with the names of insloc.py
-OUT/groups.png  two ranks of two groups: the keys that Shuffle-BN gives to each
-OUT/results/swap.png  the second study, if its files are in OUT/results
+OUT/composites.png  three instances, pasted twice each: what the two encoders see, and which boxes they pool
+OUT/step.png        one instance through a step: Fig. 2 of the paper with the names of insloc.py
+OUT/groups.png      two ranks of two groups: the keys that Shuffle-BN gives to each
+OUT/fig1.png        Fig. 1: detection over classification, Table 3a's numbers, and a point for each --point
+OUT/fig4.png        Fig. 4: the cells of the localization probe on a photograph
+OUT/swap.png        with --run, and then alone: on which pixels each net's feature depends (C4 nets)
 """
+import argparse
+import csv
+import json
 import os
 import sys
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from torchvision.ops import box_iou
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), "docs", "results")]
-import check  # noqa: E402
-import pretrain  # noqa: E402
-from insloc import (batches, choose_backgrounds, crop_box, generator_for, grid_anchors,  # noqa: E402
-                    photometric, read_image)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import probe_box  # noqa: E402
+import probe_loc  # noqa: E402
+from insloc import (C4Encoder, MakeGroup, Views, choose_backgrounds, crop_box, generator_for,  # noqa: E402
+                    grid_anchors, paste, photometric, read_image)
+from weights import Pixels, load_trunk, random_weights, read_weights  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.patches import ConnectionPatch, FancyBboxPatch, Rectangle  # noqa: E402
 
-LADDER = ("random_bn", "moco", "cp", "insloc")
+PHOTOS = [os.path.join(ROOT, "docs", "photos", f"{name}.jpg")
+          for name in ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")]
+ASTRONAUT, CAT, COFFEE, HUBBLE, RETINA, ROCKET = range(6)
+EPOCH, STEP = 7, 54         # they decide the draws of the group that is shown; chosen by eye
 RED, ORANGE, BLUE, GREY = "#e01e1e", "#e07a1e", "#143cff", "#666666"
 GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
 MONO = {"fontsize": 7.5, "family": "monospace"}
 ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
+# ---- Parts of a picture ----------------------------------------------------------------------------------
+
 def canvas(w, h):
+    """A figure of w x h inches, and axes in inches that fill it, y downwards."""
     figure = pyplot.figure(figsize=(w, h), dpi=110)
     axes = figure.add_axes([0, 0, 1, 1], xlim=(0, w), ylim=(h, 0))
     axes.axis("off")
@@ -66,44 +81,107 @@ def block(axes, x, y, text, color="#eeeeee"):
     axes.text(x, y, text, ha="center", va="center", zorder=3, **MONO)
 
 
-def draw_step(args, paths, out, i=2):
-    """Sample i of a group, from its file to the loss."""
-    views, make_group = pretrain.make_data(args, paths)
-    samples = [views[key] for key in next(batches(len(paths), args.batch_size, args.bn_group, 1, seed=4))]
-    group = make_group(samples)
-    sources = [sample["source"] for sample in samples]
-    chosen = choose_backgrounds(sources, generator_for(args.seed, "group", *samples[0]["group"]))[i]
-    image = read_image(os.fsdecode(paths[sources[i]]))
-    generator = generator_for(args.seed, "sample", 0, sources[i])           # draws again what Views drew
-    anchors, unit, image_unit = grid_anchors(), 1.25 / 256, 1.35 / max(image.shape[1:])
-    image_corner = 0.85 - image.shape[2] * image_unit / 2, 2.75 - image.shape[1] * image_unit / 2
+# ---- The method's pictures -------------------------------------------------------------------------------
 
+class Shown:
+    """One group of the six photographs, as a loader worker makes it, and what its samples are made of."""
+
+    def __init__(self, epoch, step):
+        self.epoch = epoch
+        views = Views(PHOTOS)
+        self.samples = [views[epoch, step, 0, index] for index in range(len(PHOTOS))]
+        self.group = MakeGroup()(self.samples)
+        sources = [sample["source"] for sample in self.samples]
+        generator = generator_for(0, "group", *self.samples[0]["seeds"])    # draws again what MakeGroup drew
+        self.backgrounds = choose_backgrounds(sources, generator)           # (N, 2): of query and of key
+
+    def augmented(self, side, i):
+        """The composite of sample i, augmented inside its box: (3, S, S) in [0, 1]."""
+        view = self.group[side]
+        images, _ = photometric(view["images"] / 255, view, view["boxes"])
+        return images[i]
+
+    def crops(self, i):
+        """Where the query's and the key's crop lie in photograph i, xyxy."""
+        h, w = read_image(PHOTOS[i]).shape[1:]
+        generator = generator_for(0, "sample", self.epoch, i)                   # draws again what Views drew
+        boxes = []
+        for _ in ("query", "key"):
+            top, left, crop_h, crop_w = crop_box(h, w, generator=generator)
+            torch.randint(0, 2, (2,), generator=generator)                    # the sides, drawn by Views.crop
+            boxes.append((left, top, left + crop_w, top + crop_h))
+        return boxes
+
+
+def draw_composites(shown, out):
+    """Above: a photograph with its two crops, the query, the key, all anchors. Below: two more pairs."""
+    figure = pyplot.figure(figsize=(10, 5.4), dpi=100)
+    margin = 14                                                 # pixels round the canvas: anchors leave it
+
+    def panel(row, column, image, title):
+        axes = figure.add_axes([0.005 + 0.2485 * column, 0.5 - 0.49 * row, 0.243, 0.455])
+        axes.imshow(image.permute(1, 2, 0))
+        axes.set_title(title, fontsize=11, pad=3)
+        axes.set(xlim=(-margin, 256 + margin), ylim=(256 + margin, -margin))
+        axes.axis("off")
+        return axes
+
+    def pair(row, column, i):
+        for offset, side, title in ((0, "query", "query"), (1, "key", "its key")):
+            axes = panel(row, column + offset, shown.augmented(side, i), title)
+            frame(axes, (0, 0), shown.group[side]["boxes"][i], 1, RED, 2.5)
+            if side == "query":
+                frame(axes, (0, 0), shown.group[side]["drawn_boxes"][i], 1, BLUE, 2.5)
+
+    photo = read_image(PHOTOS[CAT])
+    longer = max(photo.shape[1:])
+    axes = panel(0, 0, photo, "an image and two crops of it")
+    centre = photo.shape[1] / 2
+    axes.set(xlim=(-10, longer + 10), ylim=(centre + longer / 2 + 10, centre - longer / 2 - 10))
+    for box, name in zip(shown.crops(CAT), ("query", "key")):
+        frame(axes, (0, 0), box, 1, "white", 2.5)
+        axes.text(box[0] + 8, box[3] - 8, name, color="white", fontsize=10, weight="bold")
+    pair(0, 1, CAT)
+    box = shown.group["query"]["boxes"][CAT]
+    anchors = grid_anchors()
+    matches = anchors[box_iou(box[None], anchors)[0] > 0.5]
+    axes = panel(0, 3, shown.augmented("query", CAT), f"all {len(matches)} anchors with IoU > 0.5")
+    for anchor in matches:
+        frame(axes, (0, 0), anchor, 1, BLUE, 0.6)
+    frame(axes, (0, 0), box, 1, RED, 2.5)
+    pair(1, 0, ASTRONAUT)
+    pair(1, 2, COFFEE)
+    figure.savefig(os.path.join(out, "composites.png"), pil_kwargs={"optimize": True})
+
+
+def draw_step(shown, out, i=CAT):
+    """Sample i, from its file to the loss."""
+    image = read_image(PHOTOS[i])
+    unit, image_unit = 1.25 / 256, 1.35 / max(image.shape[1:])
+    image_corner = 0.85 - image.shape[2] * image_unit / 2, 2.75 - image.shape[1] * image_unit / 2
     figure, axes = canvas(13.2, 5.3)
     picture(axes, 0.85, 2.75, image, "an image I", size=1.35)
-    for row, (side, y, colour) in enumerate((("query", 1.5, RED), ("key", 4.0, ORANGE))):
-        letter, view, crop = side[0], group[side], samples[i][side]
-        top, left, h, w = crop_box(*image.shape[1:], ratio=views.ratio, generator=generator)
-        torch.randint(0, 2, (2,), generator=generator)                  # the sides, drawn by Views.crop
-        frame(axes, image_corner, (left, top, left + w, top + h), image_unit, colour, 1.5)
+    for row, (side, y, color) in enumerate((("query", 1.5, RED), ("key", 4.0, ORANGE))):
+        letter, view, crop = side[0], shown.group[side], shown.samples[i][side]
+        background = shown.samples[shown.backgrounds[i][row]]["backgrounds"][0]
+        corner = 6.125, y - 0.625
+        frame(axes, image_corner, shown.crops(i)[row], image_unit, color, 1.5)
         picture(axes, 2.75, y - 0.55, crop, f"crop $I_{letter}$", size=max(crop.shape[1:]) * unit * 0.8)
-        picture(axes, 2.75, y + 0.72, samples[chosen[row]]["backgrounds"][0], f"background $B_{letter}$", 0.9)
-        arrow(axes, (1.55, 2.65 if row == 0 else 2.85), (2.2, y - 0.35), color=colour)
-        augmented, _ = photometric(view["images"] / 255, view, view["boxes"])
+        picture(axes, 2.75, y + 0.72, background, f"background $B_{letter}$", 0.9)
+        arrow(axes, (1.55, 2.65 if row == 0 else 2.85), (2.2, y - 0.35), color=color)
         picture(axes, 4.75, y, view["images"][i], f"$I'_{letter}, b_{letter}$")
-        picture(axes, 6.75, y, augmented[i], "augmented in $b$")
-        for x in (4.75, 6.75):
-            frame(axes, (x - 0.625, y - 0.625), view["boxes"][i], unit, RED, 1.8)
+        picture(axes, 6.75, y, shown.augmented(side, i), "augmented in $b$")
+        frame(axes, (4.125, y - 0.625), view["boxes"][i], unit, RED, 1.8)
+        frame(axes, corner, view["boxes"][i], unit, RED, 1.8)
         if side == "query":
-            for anchor in anchors[box_iou(view["boxes"][i:i + 1], anchors)[0] > 0.5][::5]:
-                frame(axes, (6.125, y - 0.625), anchor, unit, BLUE, 0.25, zorder=3)
-            frame(axes, (6.125, y - 0.625), view["drawn_boxes"][i], unit, BLUE, 2.2, zorder=3)
+            frame(axes, corner, view["drawn_boxes"][i], unit, BLUE, 2.2, zorder=5)
         arrow(axes, (3.35, y), (4.08, y), "paste")
         arrow(axes, (5.4, y), (6.08, y), "photo-\nmetric" if side == "query" else "shuffle,\nphoto-\nmetric")
         arrow(axes, (7.45, y), (8.1, y))
         block(axes, 9.0, y, f"encoder_{letter}\nres4, roi_pool,\nres5, mean, MLP")
         arrow(axes, (9.9, y), (10.75, y), f"{letter} (N,1,128)")
-    axes.text(6.75, 2.45, "jitter_boxes: the query pools an anchor\n(thick blue), the key its true box (red)",
-              ha="center", va="top", fontsize=7.5, color=BLUE, zorder=5, bbox=ON_WHITE)
+    axes.text(6.75, 2.62, "jitter_boxes: the query pools\nan anchor (blue), the key\nits pasted box (red)",
+              ha="center", va="center", fontsize=7.5, color=BLUE, zorder=5, bbox=ON_WHITE)
     block(axes, 11.75, 1.5, "info_nce\n(loss, Eq. 2)", "#ffe9d6")
     block(axes, 11.75, 4.0, "KeyQueue\n65,536 negatives", "#e2ecff")
     arrow(axes, (8.6, 1.95), (8.6, 3.55), linestyle="dashed")
@@ -119,6 +197,7 @@ def draw_step(args, paths, out, i=2):
 
 
 def draw_groups(out, size=4):
+    """Two ranks of two groups of `size`: which keys each group encodes."""
     permutation = torch.randperm(4 * size, generator=generator_for(0, "shuffle", 0))
     figure, axes = canvas(11, 3.6)
     place = {}
@@ -148,46 +227,127 @@ def draw_groups(out, size=4):
     figure.savefig(os.path.join(out, "groups.png"))
 
 
-def draw_swap(folder):
-    """FOLDER/swap.png of the second study: where each net's feature looks, the two cosines, the gradient.
+# ---- The paper's figures 1 and 4 -------------------------------------------------------------------------
 
-    The maps are rows of FOLDER/narrow18/METHOD_s0/swap.png, which probe_loc.py drew on generated images.
-    """
-    figure = pyplot.figure(figsize=(11, 5.2), dpi=100)
-    titles = ["composite", "random", *(check.NAMES[method] for method in LADDER[1:])]
-    for position, method in enumerate(("composite", *LADDER)):
-        run = "insloc" if method == "composite" else method
-        pixels = pyplot.imread(os.path.join(folder, f"narrow18/{run}_s0/swap.png"))
-        height = (len(pixels) - 2) // 3                         # rows: composites, random net, given net
-        first = 0 if method == "composite" else 2 * height
-        axes = figure.add_axes([0.04, 0.8 - 0.195 * position, 0.37, 0.19])
-        axes.imshow(pixels[first:first + height + 2])
-        axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(titles[position], fontsize=9)
-    cosines = {"same_instance": "same instance, other background",
-               "same_background": "other instance, same background"}
-    shares = {"gradient_inside": "energy of the gradient", "area_inside": "area"}
-    for position, (title, lines) in enumerate((("cosine", cosines), ("share inside the box", shares))):
-        axes = figure.add_axes([0.48, 0.58 - 0.5 * position, 0.5, 0.36], ylim=(-0.1, 1.05), title=title)
-        for color, (key, label) in zip((RED, GREY), lines.items()):
-            for x, method in enumerate(LADDER):
-                values = check.swap("narrow18", method, key)
-                axes.plot([x] * len(values), values, "o", color=color, label="" if x else label)
-        axes.set_xticks(range(len(LADDER)), titles[1:])
-        axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.62))
-    figure.savefig(os.path.join(folder, "swap.png"))
+def paper_points():
+    """{method: (linear classification, AP of boxes on COCO 1x)} of Table 3a."""
+    points = {}
+    with open(os.path.join(ROOT, "docs", "paper_tables.csv"), newline="") as file:
+        for line in csv.DictReader(file):
+            if line["table"] == "3a" and line["metric"] in ("linear_cls_top1", "APbb"):
+                points.setdefault(line["method"], {})[line["metric"]] = float(line["value"])
+    return {method: (values["linear_cls_top1"], values["APbb"]) for method, values in points.items()}
+
+
+def own_point(classification, detection):
+    """Top-1 from probe_cls.py's results.json and AP of boxes from finetune_det.py's."""
+    with open(classification) as file:
+        top1 = json.load(file)["results"]["given"]["top1"]
+    with open(detection) as file:
+        return top1, json.load(file)["mean"]["APbb"]
+
+
+def draw_fig1(points, out):
+    """points: {name: (top-1, AP)} of one's own runs."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=100, layout="constrained")
+    for found, color, marker, label in ((paper_points(), GREY, "o", "the paper, Table 3a"),
+                                        (points, RED, "*", "these runs")):
+        if found:
+            axes.scatter(*zip(*found.values()), color=color, marker=marker, s=60, label=label)
+        for name, (top1, ap) in found.items():
+            axes.annotate(name, (top1, ap), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.set_xlabel("linear classification, top-1")
+    axes.set_ylabel("detection, AP of boxes, COCO 1x")
+    axes.margins(0.15)
+    axes.legend(fontsize=9, loc="lower left")
+    figure.savefig(os.path.join(out, "fig1.png"))
+
+
+def draw_fig4(out):
+    """The nine cells of probe_loc.py on a photograph, squashed to the probe's 224 pixels."""
+    image = Views.resize(read_image(PHOTOS[ASTRONAUT]), (224, 224))
+    figure, axes = canvas(3, 3)
+    picture(axes, 1.5, 1.5, image, "", size=2.9)
+    for cell, box in enumerate(probe_loc.grid_boxes(224)):
+        unit = 2.9 / 224
+        frame(axes, (0.05, 0.05), box, unit, "white", 2)
+        x, y = ((box[:2] + box[2:]) / 2 * unit + 0.05).tolist()
+        axes.text(x, y, str(cell), ha="center", va="center", fontsize=18, color="white", zorder=6,
+                  bbox={"facecolor": GREY, "edgecolor": "none", "alpha": 0.6, "boxstyle": "circle"})
+    figure.savefig(os.path.join(out, "fig4.png"))
+
+
+# ---- Where a net's feature looks -------------------------------------------------------------------------
+
+def swap_composites(size):
+    """The cat on the rocket and on the cup, at one place: uint8 (2, 3, S, S) and its box, twice (2, 4)."""
+    side_h, side_w = 5 * size // 8, 5 * size // 8
+    cat = Views.resize(read_image(PHOTOS[CAT]), (side_h, side_w))
+    backgrounds = [Views.resize(read_image(PHOTOS[i]), (size, size)) for i in (ROCKET, COFFEE)]
+    pasted = [paste(background, cat, size // 4, size // 4) for background in backgrounds]
+    return torch.stack([composite for composite, _ in pasted]), torch.stack([box for _, box in pasted])
+
+
+def energy_of(weights, images, boxes, directions=16):
+    """How much the box's feature depends on each pixel, (N, S, S), as probe_box.py measures it."""
+    net = C4Encoder(weights.resnet, roi_size=images.shape[2] // 16).eval().requires_grad_(False)
+    load_trunk(net.resnet, weights)
+    x = Pixels(weights)(images).requires_grad_()
+    energy = 0
+    for t in range(directions):
+        features = net.features(x, boxes)[:, 0]
+        seeds = [("draw", t, i) for i in range(len(images))]
+        energy = energy + probe_box.pixel_energy(features, x, seeds)
+    return energy
+
+
+def draw_swap(runs, out, size):
+    """A row for each background; columns: the composite, a random net, the nets of `runs`."""
+    images, boxes = swap_composites(size)
+    found = {name: read_weights(path) for name, path in runs}
+    found = {"random": random_weights(next(iter(found.values())).resnet), **found}
+    columns = len(found) + 1
+    figure = pyplot.figure(figsize=(2 * columns, 4.3), dpi=100)
+
+    def panel(row, column, image, title, **more):
+        axes = figure.add_axes([column / columns + 0.002, 0.47 - 0.47 * row, 1 / columns - 0.004, 0.46])
+        axes.imshow(image, extent=(0, size, size, 0), **more)
+        frame(axes, (0, 0), boxes[row], 1, RED, 1.5)
+        axes.axis("off")
+        if row == 0:
+            axes.set_title(title, fontsize=11, pad=4)
+
+    for row in range(2):
+        panel(row, 0, images[row].permute(1, 2, 0), "the cat, twice")
+    for column, (name, weights) in enumerate(found.items(), 1):
+        energy = energy_of(weights, images, boxes)
+        blurred = F.avg_pool2d(energy[:, None], 4)[:, 0]            # strides leave a pattern of squares
+        for row in range(2):
+            panel(row, column, blurred[row].sqrt(), name, cmap="gray", vmin=0)
+    figure.savefig(os.path.join(out, "swap.png"))
+
+
+def main():
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
+    parser.add_argument("out", help="folder that gets the pictures")
+    parser.add_argument("--point", nargs=3, action="append", default=[], metavar=("NAME", "CLS", "DET"),
+                        help="a point of fig1.png: results.json of probe_cls.py and of finetune_det.py")
+    parser.add_argument("--run", nargs=2, action="append", default=[], metavar=("NAME", "RUN"),
+                        help="a column of swap.png: a C4 run")
+    parser.add_argument("--image-size", type=int, default=96, help="canvas of swap.png")
+    args = parser.parse_args()
+    if not os.path.isdir(args.out):
+        sys.exit(f"figures.py: {args.out}: no such folder")
+    if args.run:
+        return draw_swap(args.run, args.out, args.image_size)
+    shown = Shown(EPOCH, STEP)
+    draw_composites(shown, args.out)
+    draw_step(shown, args.out)
+    draw_groups(args.out)
+    draw_fig1({name: own_point(*files) for name, *files in args.point}, args.out)
+    draw_fig4(args.out)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not os.path.isdir(sys.argv[1]) or not os.path.isdir(sys.argv[2]):
-        sys.exit(f"usage: {sys.argv[0]} IMAGES OUT, both folders")
-    images, out = sys.argv[1:]
-    args = pretrain.get_args(["--arch", "c4", "--device", "cpu", "--nprocs", "1", "--bn-group", "8",
-                              "--batch-size", "16", "--out", out, images])
-    paths, _ = pretrain.find_data(args)
-    draw_step(args, paths, out)
-    args.seed = 38                                          # with it none of the four samples turns grey
-    pretrain.save_composites(args, paths, 4)
-    draw_groups(out)
-    if os.path.isdir(os.path.join(out, "results", "narrow18")):
-        draw_swap(os.path.join(out, "results"))
+    main()

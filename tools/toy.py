@@ -1,4 +1,4 @@
-"""A toy world of generated pictures, in the three layouts that the stages read.
+"""A small generated data set, in the three layouts that the stages read.
 
     python tools/toy.py OUT [--seed 0] [--train 512] [--val 128] [--det-train 160] [--det-val 60]
 
@@ -9,8 +9,8 @@ OUT/VOC2007, OUT/VOC2012             the same pictures, VOC xml                 
 
 Shapes and grounds have random textures, colours, sizes, turns and light, so that no colour tells a class
 and no two pictures are alike. A swatch is all pattern: two crops of it look alike, those of another do not,
-and a small network learns that in minutes, hue first. Each picture has a generator of its own: how many are
-written changes nothing in the others.
+and a small network learns that in minutes, hue first. Each picture has a generator of its own, so the number
+of pictures changes nothing in a picture.
 """
 import argparse
 import colorsys
@@ -38,7 +38,8 @@ VOC_OBJECT = """<object>
 def texture(rng, h, w, colours=None):
     """(h, w, 3) float in [0, 1]: two colours (None: random) mixed by a random pattern, under uneven light."""
     y, x = np.mgrid[0:h, 0:w].astype(np.float32)
-    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 40)
+    angle = rng.uniform(0, np.pi)
+    period = rng.uniform(8, 40)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
     v = (y * np.cos(angle) - x * np.sin(angle)) / period
     kind = rng.integers(6)
@@ -51,7 +52,8 @@ def texture(rng, h, w, colours=None):
     elif kind == 3:                                         # waves
         mix = 0.5 + 0.5 * np.sin(2 * np.pi * u + np.sin(2 * np.pi * v * rng.uniform(0.3, 1)))
     elif kind == 4:                                         # clouds: coarse noise, made smooth
-        rows, columns = rng.integers(3, 9), rng.integers(3, 9)
+        rows = rng.integers(3, 9)
+        columns = rng.integers(3, 9)
         coarse = Image.fromarray(rng.integers(0, 256, (rows, columns), dtype=np.uint8))
         mix = np.asarray(coarse.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     else:                                                   # a ramp
@@ -65,16 +67,20 @@ def texture(rng, h, w, colours=None):
 def outline(rng, name):
     """(n, 2) corners x, y of a shape of radius 1 about 0, turned and a little stretched at random."""
     if name == "circle":
-        angle, radius = np.arange(40) * np.pi / 20, np.ones(40)
+        angle = np.arange(40) * np.pi / 20
+        radius = np.ones(40)
     elif name == "star":
-        angle, radius = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, 0.45, 1.0)
+        angle = np.arange(10) * np.pi / 5
+        radius = np.where(np.arange(10) % 2, 0.45, 1.0)
     elif name == "cross":
         corners = np.array([(1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3)])
         corners = np.concatenate([corners, -corners]) / np.hypot(1, .3)
-        angle, radius = np.arctan2(corners[:, 1], corners[:, 0]), np.hypot(corners[:, 0], corners[:, 1])
+        angle = np.arctan2(corners[:, 1], corners[:, 0])
+        radius = np.hypot(corners[:, 0], corners[:, 1])
     else:
         n = {"square": 4, "triangle": 3}[name]
-        angle, radius = np.arange(n) * 2 * np.pi / n, np.ones(n)
+        angle = np.arange(n) * 2 * np.pi / n
+        radius = np.ones(n)
     angle = angle + rng.uniform(0, 2 * np.pi)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1) * rng.uniform(0.8, 1.0, 2)
 
@@ -88,25 +94,30 @@ def fill(rng, canvas, corners):
     canvas += mask * (texture(rng, h, w) - canvas)
 
 
-def draw(key, sizes, radii, count):
-    """A picture: uint8 (h, w, 3), and its objects: a list of (class index, corners (n, 2) in pixels), apart.
+def draw(seeds, sizes, radii, count):
+    """A picture, uint8 (h, w, 3), and its objects, a list of (class index, corners (n, 2) x, y in pixels).
 
-    key: what seeds it (ints); sizes: range of its sides; radii: of a shape's, as a share of the shorter side;
-    count: range of the number of shapes. Some unnamed blobs lie about as distractors.
+    Objects do not overlap. Up to three blobs without a name distract.
+    seeds: ints; sizes: range of the picture's sides; radii: range of a shape's radius, as a share of the
+    shorter side; count: range of the number of shapes.
     """
-    rng = np.random.default_rng(key)
+    rng = np.random.default_rng(seeds)
     h, w = rng.integers(sizes[0], sizes[1] + 1, 2)
-    canvas, objects, boxes = texture(rng, h, w), [], []
+    canvas = texture(rng, h, w)
+    objects = []
+    boxes = []
     for _ in range(rng.integers(0, 4)):
         blob = rng.uniform(0.02, 0.07) * min(h, w) * rng.uniform(0.5, 1, (7, 1))
         turn = np.sort(rng.uniform(0, 2 * np.pi, 7))
         fill(rng, canvas, blob * np.stack([np.cos(turn), np.sin(turn)], 1) + rng.uniform(0, 1, 2) * (w, h))
     for _ in range(rng.integers(count[0], count[1] + 1)):
         for _ in range(20):                                 # places tried
-            label, radius = rng.integers(len(CLASSES)), rng.uniform(*radii) * min(h, w)
+            label = rng.integers(len(CLASSES))
+            radius = rng.uniform(*radii) * min(h, w)
             corners = outline(rng, CLASSES[label]) * radius
             corners += rng.uniform(radius, (w - radius, h - radius))
-            low, high = corners.min(0), corners.max(0)
+            low = corners.min(0)
+            high = corners.max(0)
             if all((high < b[0]).any() or (low > b[1]).any() for b in boxes):
                 boxes.append((low, high))
                 objects.append((int(label), corners))
@@ -115,9 +126,9 @@ def draw(key, sizes, radii, count):
     return (canvas * 255).round().astype(np.uint8), objects
 
 
-def swatch(key):
+def swatch(seeds):
     """A picture that one pattern fills, of a dye on a paler ground: uint8 (h, w, 3), the name of its hue."""
-    rng = np.random.default_rng(key)
+    rng = np.random.default_rng(seeds)
     h, w = rng.integers(80, 129, 2)
     name = list(HUES)[rng.integers(len(HUES))]
     dye = colorsys.hsv_to_rgb((HUES[name] + rng.uniform(-0.03, 0.03)) % 1, 1, rng.uniform(0.6, 1))
@@ -134,12 +145,14 @@ def write_coco(out, split, pictures):
     """pictures: list of (image, objects). Area by the shoelace formula; boxes xywh."""
     images, annotations = [], []
     for i, (image, objects) in enumerate(pictures):
-        name, number = f"{i + 1:012d}.jpg", i + 1
+        number = i + 1
+        name = f"{number:012d}.jpg"
         save(f"{out}/coco/{split}2017/{name}", image)
         images.append({"id": number, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
         for label, corners in objects:
-            (x1, y1), (x2, y2) = corners.min(0), corners.max(0)
             x, y = corners.T
+            x1, y1 = corners.min(0)
+            x2, y2 = corners.max(0)
             area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
             annotations.append({"id": len(annotations) + 1, "image_id": number,
                                 "category_id": COCO_IDS[label], "iscrowd": 0, "area": float(area),
@@ -157,10 +170,11 @@ def write_voc(out, year, split, pictures, start=0):
     names = [f"{start + i:06d}" for i in range(len(pictures))]
     for name, (image, objects) in zip(names, pictures):
         save(f"{folder}/JPEGImages/{name}.jpg", image)
-        boxes = [(label, np.floor(corners.min(0)).astype(int) + 1, np.ceil(corners.max(0)).astype(int))
-                 for label, corners in objects]
-        text = "".join(VOC_OBJECT.format(name=CLASSES[label], x1=low[0], y1=low[1], x2=high[0], y2=high[1])
-                       for label, low, high in boxes)
+        text = ""
+        for label, corners in objects:
+            x1, y1 = np.floor(corners.min(0)).astype(int) + 1
+            x2, y2 = np.ceil(corners.max(0)).astype(int)
+            text += VOC_OBJECT.format(name=CLASSES[label], x1=x1, y1=y1, x2=x2, y2=y2)
         os.makedirs(f"{folder}/Annotations", exist_ok=True)
         with open(f"{folder}/Annotations/{name}.xml", "w") as f:
             h, w = image.shape[:2]
@@ -171,16 +185,19 @@ def write_voc(out, year, split, pictures, start=0):
 
 
 def write_world(out, seed=0, train=512, val=128, det_train=160, det_val=60):
-    for number, (split, count) in enumerate((("train", train), ("val", val))):
+    """All three layouts. A picture's seeds are `seed`, the number of its set and its own number."""
+    for number, split, count in ((0, "train", train), (1, "val", val)):
         for i in range(count):
             image, [(label, _)] = draw((seed, number, i), (140, 280), (0.28, 0.46), (1, 1))
             save(f"{out}/images/{split}/{CLASSES[label]}/{i:05d}.jpg", image)
         for i in range(2 * count):
             image, hue = swatch((seed, number, i))
             save(f"{out}/swatches/{split}/{hue}/{i:05d}.jpg", image)
-    for number, (split, count) in enumerate((("train", det_train), ("val", det_val)), start=2):
-        pictures = [draw((seed, number, i), (180, 320), (0.08, 0.25), (0 if i % 20 == 9 else 1, 6))
-                    for i in range(count)]
+    for number, split, count in ((2, "train", det_train), (3, "val", det_val)):
+        pictures = []
+        for i in range(count):
+            fewest = 0 if i % 20 == 9 else 1                # some pictures may be empty
+            pictures.append(draw((seed, number, i), (180, 320), (0.08, 0.25), (fewest, 6)))
         write_coco(out, split, pictures)
         if split == "val":
             write_voc(out, 2007, "test", pictures, start=500000)
@@ -204,6 +221,7 @@ def main(argv=None):
             sys.exit(f"toy.py: error: {args.out} is there already, not an empty folder: name another")
         partial = args.out.rstrip("/") + ".partial"         # renamed when whole: a kill leaves no half world
         shutil.rmtree(partial, ignore_errors=True)
+        print(f"writing generated pictures to {args.out}, which takes about 20 seconds", flush=True)
         write_world(partial, args.seed, args.train, args.val, args.det_train, args.det_val)
         os.rename(partial, args.out)
     except OSError as error:

@@ -49,7 +49,7 @@ def probed(trunk, method, file, value):
     """value(result) of each seed of a rung, as far as it was run. A random net's stands in InsLoc's files."""
     run = "insloc" if method == "random" else method
     net = "random" if method == "random" else "given"
-    paths = [(trunk, f"{run}_s{seed}", file) for seed in SECOND[trunk]]
+    paths = [("second", trunk, f"{run}_s{seed}", file) for seed in SECOND[trunk]]
     return [value(result_of(read(*path), net)) for path in paths if os.path.exists(os.path.join(HERE, *path))]
 
 
@@ -116,25 +116,27 @@ def class_and_place_table():
 # ---- The first study -------------------------------------------------------------------------------------
 
 def first_place(run, protocol):
-    results = read("insloc_s0" if run == "random" else run, "loc.json")
+    results = read("first", "insloc_s0" if run == "random" else run, "loc.json")
     return result_of(results, "random" if run == "random" else "given")[protocol]["top1"]
 
 
 def first_detection(method):
     """AP50 of boxes from 400 photographs of VOC, one for each seed that was run."""
-    names = sorted(name for name in os.listdir(os.path.join(HERE, "det")) if name.startswith(f"{method}_"))
-    return [read("det", name)["mean"]["AP50bb"] for name in names]
+    names = sorted(os.listdir(os.path.join(HERE, "first", "det")))
+    return [read("first", "det", name)["mean"]["AP50bb"] for name in names if name.startswith(f"{method}_")]
 
 
 def first_table():
     for method, runs in FIRST.items():
         trained = method != "random"
-        accuracies = [mean_accuracy(read(run, "log.jsonl")[-10:]) for run in runs if trained]
-        places = [[first_place(run, protocol) for run in runs] for protocol in ("full", "reflect", "alone")]
-        yield row(NAMES[method], cell(accuracies, 2) if trained else "",
-                  cell([read(run, "knn.json")["top1"] for run in runs], 1),
-                  cell([read(run, "lin.json")["top1"] for run in runs], 1) if trained else "diverged",
-                  *[cell(values, 1) for values in places], cell(first_detection(method), 1))
+        accuracies = [mean_accuracy(read("first", run, "log.jsonl")[-10:]) for run in runs if trained]
+        knn = [read("first", run, "knn.json")["top1"] for run in runs]
+        linear = [read("first", run, "lin.json")["top1"] for run in runs]
+        places = []
+        for protocol in ("full", "reflect", "alone"):
+            places.append(cell([first_place(run, protocol) for run in runs], 1))
+        yield row(NAMES[method], cell(accuracies, 2) if trained else "", cell(knn, 1),
+                  cell(linear, 1) if trained else "diverged", *places, cell(first_detection(method), 1))
 
 
 # ---- The project's README --------------------------------------------------------------------------------

@@ -1,0 +1,501 @@
+"""Stage 2c: what the frozen feature of a box depends on: its background (Sec. 4.1), a loose fit (Sec. 4.2).
+
+    python probe_box.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
+    python probe_box.py runs/insloc_c4 /data/imagenet --boxes TRAIN.json TRAIN_DIR VAL.json VAL_DIR
+
+By pasting and by jittered boxes an instance's RoI feature should become the instance's alone, says the paper.
+It does not measure that. These three protocols do; they are ours. A random net stands beside the given one.
+
+`swap`: each image is pasted at one place on two backgrounds, and should have the same feature. Nothing is
+trained. swap.png shows on which pixels the feature depends.
+
+`loose`: a detector does not know the true box, and its head does two things with the feature of a loose one.
+A linear layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU
+> .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that
+was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the
+offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them
+without any picture, so what the features explain beyond the corners is given, too. loose.png shows examples.
+
+`boxes`: the same for real boxes of photographs, which are squashed to the canvas.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import box_iou
+from torchvision.transforms.v2.functional import resize
+from torchvision.utils import draw_bounding_boxes, save_image
+
+import stage
+from insloc import generator_for, grid_anchors, jitter_boxes, paste
+from weights import RESNETS, add_weights_arguments, centre_view, frozen_nets, read_photo
+
+PROTOCOLS = ["swap", "loose", "boxes"]
+LOOSE = 8                                               # loose boxes for each pasted one
+STRENGTHS = [10.0 ** power for power in range(-6, 3)]   # of ridge regression; a held-out tenth chooses
+
+
+def get_args(argv=None):
+    parser = stage.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("weights", help="run directory, checkpoint of any system, or `random`")
+    add("data", help="folder with train/ and val/, images at any depth, in class folders or not")
+    add("--arch", choices=["c4", "fpn"], default="c4", help="whose RoI features [ours: as probe_loc.py]")
+    add("--protocol", nargs="+", choices=PROTOCOLS, help="[ours: swap and loose; with --boxes all]")
+    add("--boxes", nargs=4, metavar=("TRAIN.json", "TRAIN_DIR", "VAL.json", "VAL_DIR"),
+        help="COCO jsons of boxes and the folders of their images [ours: none]")
+    add("--images", type=int, default=1000, help="of val, or boxes, at most [ours: 300 at least are wanted]")
+    add("--train-images", type=int, default=2000, help="the same of train, for the linear layers [ours]")
+    add("--image-size", type=int, default=224, help="side of the canvas [ours: as probe_loc.py]")
+    add("--resnet", choices=RESNETS, default="resnet50", help="of `random`; else WEIGHTS tell [paper 4.3]")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the frozen net [MoCo v2]")
+    add_weights_arguments(parser)
+    stage.add_machine_arguments(parser, "runs/box_WEIGHTS")
+    args = parser.parse_args(argv)
+    stage.check_machine_arguments(parser, args)
+    args.protocol = args.protocol or PROTOCOLS[:3 if args.boxes else 2]
+    if "boxes" in args.protocol and not args.boxes:
+        parser.error("--protocol boxes needs --boxes TRAIN.json TRAIN_DIR VAL.json VAL_DIR")
+    if min(args.images, args.train_images) <= max(3, args.world):
+        parser.error("--images and --train-images must be at least 4, and more than processes")
+    if args.image_size % 32 or args.image_size < 64:
+        parser.error("--image-size must be a multiple of 32 from 64 on")
+    args.out = args.out or "runs/box_" + os.path.basename(os.path.abspath(args.weights)).split(".")[0]
+    return args
+
+
+# ---- Data: a split is a list of (path, class), or of (path, class, box) ----------------------------------
+
+def find_data(args):
+    """The splits train and val of DATA, those of --boxes (none without it), and a digest of all."""
+    train, val, digest = stage.find_splits(args)
+    images = (with_folders(train, os.path.join(args.data, "train", "")),
+              with_folders(val, os.path.join(args.data, "val", "")))
+    boxes = ()
+    if args.boxes:
+        boxes = (read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:]))
+        content = [entry[1:] for entry in boxes[0] + boxes[1]]
+        digest = stage.digest([digest.encode(), repr(content).encode()])
+    return images, boxes, digest
+
+
+def with_folders(paths, root):
+    """[(path, the folder in `root` that holds it, or "")]."""
+    return [(path, os.path.dirname(path.removeprefix(root)).split(os.sep)[0]) for path in paths]
+
+
+def read_boxes(json_path, folder):
+    """[(image file, category id, (x1, y1, x2, y2))] of a COCO json without its crowds, or a Refusal."""
+    boxes = []
+    try:
+        with open(json_path) as file:
+            content = json.load(file)
+        files = {image["id"]: os.path.join(folder, image["file_name"]) for image in content["images"]}
+        for entry in content["annotations"]:
+            x, y, w, h = map(float, entry["bbox"])
+            if not entry.get("iscrowd"):
+                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
+    if len(boxes) < 10:
+        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 10 are needed, some hundreds wanted")
+    return boxes
+
+
+class Composites(torch.utils.data.Dataset):
+    """Pictures 2 i and 2 i + 1: image i, pasted on two others. Items: uint8 (3, S, S), boxes (M, 4).
+
+    The sides of the pasted box, which is box 0, are U{S / 2..3 S / 4}. The other boxes are loose. Images 2 j
+    and 2 j + 1 share their two backgrounds, place and size.
+    """
+
+    def __init__(self, entries, size, seed):
+        self.paths = [path for path, _ in entries]
+        self.classes = [name for _, name in entries for _ in range(2)]
+        self.size, self.seed = size, seed
+        self.anchors = grid_anchors(size)
+
+    def __len__(self):
+        return len(self.classes)
+
+    def __getitem__(self, item):
+        image, side = divmod(item, 2)
+        pair = image // 2
+        generator = generator_for(self.seed, "swap", pair)
+        h, w = torch.randint(self.size // 2, self.size * 3 // 4 + 1, (2,), generator=generator).tolist()
+        top = torch.randint(self.size - h + 1, (), generator=generator).item()
+        left = torch.randint(self.size - w + 1, (), generator=generator).item()
+        others = torch.randperm(len(self.paths) - 2, generator=generator)[:2]
+        others += 2 * (others >= 2 * pair)                                  # neither image of this pair
+        foreground = resize(self.read(image), [h, w])
+        composite, box = paste(self.read(others[side]), foreground, top, left)
+        return composite, with_loose_boxes(box, self.anchors, generator_for(self.seed, "loose", item))
+
+    def read(self, index):
+        return centre_view(read_photo(self.paths[index]), self.size)
+
+
+class Photographs(torch.utils.data.Dataset):
+    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), box 0 the real one.
+
+    Each box decodes its photograph anew.
+    """
+
+    def __init__(self, entries, size, seed):
+        self.entries, self.size, self.seed = entries, size, seed
+        self.classes = [category for _, category, _ in entries]
+        self.anchors = grid_anchors(size)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, item):
+        path, _, box = self.entries[item]
+        image = read_photo(path)
+        h, w = image.shape[1:]
+        box = (torch.tensor(box) * self.size / torch.tensor([w, h, w, h])).clamp(0, self.size)
+        boxes = with_loose_boxes(box, self.anchors, generator_for(self.seed, "boxes", item))
+        return resize(image, [self.size, self.size]), boxes
+
+
+def with_loose_boxes(box, anchors, generator):
+    """A box (4,) and LOOSE anchors with IoU > .5, or if there is none the best one: (1 + LOOSE, 4)."""
+    loose = jitter_boxes(box.expand(LOOSE, 4), anchors, generator=generator)
+    return torch.cat([box[None], loose])
+
+
+@torch.no_grad()
+def estimate_batchnorm(net, batches):
+    """Replaces a net's BatchNorm statistics by averages over batches of uint8 images and their boxes."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None                                      # the plain average
+    net.train()
+    for images, boxes in batches:
+        net.features(net.pixels(images), boxes)
+    net.eval()
+
+
+# ---- swap ------------------------------------------------------------------------------------------------
+
+def pixel_energy(features, images, seeds):
+    """How much features (N, D) depend on each pixel of images (N, 3, S, S) that require grad: (N, S, S).
+
+    It is the squared gradient of features . v, v a random direction by its seeds. Its mean over directions is
+    the squared norm of the Jacobian, |d features / d pixel|^2. Frees the graph.
+    """
+    v = torch.stack([torch.randn(features.shape[1], generator=generator_for(*words)) for words in seeds])
+    gradient, = torch.autograd.grad((features * v.to(features.device)).sum(), images)
+    return gradient.square().sum(dim=1)
+
+
+def share_inside(energy, boxes):
+    """Energy (N, S, S), boxes (N, 4) of whole pixels -> the part of it that lies in the box (N,)."""
+    centres = torch.arange(energy.shape[1], device=energy.device) + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)
+    rows, columns = (y1 < centres) & (centres < y2), (x1 < centres) & (centres < x2)            # (N, S)
+    return (energy * rows[:, :, None] * columns[:, None]).sum(dim=(1, 2)) / energy.sum(dim=(1, 2))
+
+
+def swap_scores(features):
+    """Cosines of features (N, 2, D) of N images on two backgrounds; images 2 i and 2 i + 1 share both.
+
+    same_instance: an image on its two backgrounds. same_background: two images at one place on one background
+    (the leak). same_place: these two on different backgrounds, the part of the leak that place and size make.
+    top1: for which percentage of the images the nearest feature on another background is its own.
+    """
+    sets = F.normalize(features - features.mean(dim=0), dim=2)
+    a, b = sets.unbind(dim=1)
+    own = torch.arange(len(a), device=a.device)
+    twins = sets[0::2] @ sets[1::2].transpose(1, 2)             # (N / 2, 2, 2): by the backgrounds of the two
+    return {"same_instance": (a * b).sum(dim=1).mean().item(),
+            "same_background": twins.diagonal(dim1=1, dim2=2).mean().item(),
+            "same_place": twins.flip(2).diagonal(dim1=1, dim2=2).mean().item(),
+            "top1": 100 * ((a @ b.T).argmax(dim=1) == own).double().mean().item()}
+
+
+def draw_swap(nets, dataset, path):
+    """Two images, each on two backgrounds; below them a row for each net: the pixels its feature depends on.
+
+    Brightness is the root of the energy, relative to the picture's largest.
+    """
+    pictures, boxes = zip(*[dataset[item] for item in range(4)])
+    images = torch.stack(pictures)                                                              # (4, 3, S, S)
+    boxes = torch.stack(boxes)[:, :1]                                                            # (4, 1, 4)
+    rows = [images]
+    for net in nets.values():
+        x = net.pixels(images.to(net.pixels.mean.device)).requires_grad_()
+        energy = 0
+        for t in range(16):
+            features = net.features(x, boxes.to(x.device)).flatten(1)
+            energy += pixel_energy(features, x, [("draw", t, i) for i in range(4)])
+        energy = F.avg_pool2d(energy[:, None], 4)                       # strides leave a pattern of squares
+        energy = F.interpolate(energy / energy.amax(dim=(2, 3), keepdim=True), scale_factor=4)
+        rows.append((255 * energy.sqrt()).byte().cpu().expand(-1, 3, -1, -1))
+    frames = (boxes - torch.tensor([0, 0, 1, 1])).repeat(len(rows), 1, 1)           # a frame's last pixels
+    cells = [draw_bounding_boxes(*cell, colors="red") / 255 for cell in zip(torch.cat(rows), frames)]
+    save_image(cells, path, nrow=4)
+
+
+# ---- loose, boxes ----------------------------------------------------------------------------------------
+
+def offsets_between(loose, pasted):
+    """Boxes (..., 4) -> what a detector regresses from the loose ones: dx, dy, dw, dh (..., 4), float64.
+
+    The centres' distance in sizes of the loose box, and the logarithm of the sizes' ratio [detectron2's
+    Box2BoxTransform, without weights].
+    """
+    loose, pasted = loose.double(), pasted.double()
+    size = loose[..., 2:] - loose[..., :2]
+    wanted = pasted[..., 2:] - pasted[..., :2]
+    shift = (pasted[..., :2] + pasted[..., 2:] - loose[..., :2] - loose[..., 2:]) / 2
+    return torch.cat([shift / size, (wanted / size).log()], dim=-1)
+
+
+def moved_by(loose, offsets):
+    """The boxes (..., 4) to which the offsets (..., 4) lead: the inverse of `offsets_between`."""
+    size = loose[..., 2:] - loose[..., :2]
+    centre = (loose[..., :2] + loose[..., 2:]) / 2 + offsets[..., :2] * size
+    half = size * offsets[..., 2:].exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def ridge(x, y, held_out):
+    """A linear layer: ridge regression of y (N, K) on x (N, D), in closed form, all float64.
+
+    It minimises mean |y - layer(x)|^2 + s v |weight|^2, where v is the mean variance of x. The first
+    `held_out` rows choose s out of STRENGTHS; the others train.
+    """
+    x_fit, y_fit = x[held_out:], y[held_out:]
+    x_mean, y_mean = x_fit.mean(dim=0), y_fit.mean(dim=0)
+    covariance = x_fit.T @ x_fit / len(x_fit) - torch.outer(x_mean, x_mean)                      # (D, D)
+    with_y = x_fit.T @ (y_fit - y_mean) / len(x_fit)                                             # (D, K)
+    values, vectors = torch.linalg.eigh(covariance)
+    least = math.inf
+    layer = nn.Linear(x.shape[1], y.shape[1], dtype=torch.float64).requires_grad_(False)
+    for strength in STRENGTHS:
+        shrunk = values.clamp(min=0) + strength * values.mean()
+        weight = vectors @ (vectors.T @ with_y / shrunk[:, None])                                # (D, K)
+        bias = y_mean - x_mean @ weight
+        error = (x[:held_out] @ weight + bias - y[:held_out]).square().mean()
+        if error < least:
+            least = error
+            layer.weight.copy_(weight.T)
+            layer.bias.copy_(bias)
+    return layer
+
+
+def corner_terms(boxes, size):
+    """What a box (..., 4) says without a picture: its corners in canvases and their products, (..., 14)."""
+    corners = boxes.double() / size
+    products = corners[..., :, None] * corners[..., None, :]
+    row, column = torch.triu_indices(4, 4)
+    return torch.cat([corners, products[..., row, column]], dim=-1)
+
+
+def explained(y, guess):
+    """R2 of a guess of y (N, K), a mean over the K: 1 is all, 0 is what the mean of y explains."""
+    rest = (y - guess).square().sum(dim=0)
+    return (1 - rest / (y - y.mean(dim=0)).square().sum(dim=0)).mean().item()
+
+
+def loose_rows(features, boxes, size):
+    """Features (N, M, D), boxes (N, M, 4) -> of all loose boxes: features, corner terms, offsets, float64."""
+    offsets = offsets_between(boxes[:, 1:], boxes[:, :1])
+    terms = corner_terms(boxes[:, 1:], size)
+    return features[:, 1:].double().flatten(0, 1), terms.flatten(0, 1), offsets.flatten(0, 1)
+
+
+def offset_scores(train, val, size):
+    """What explains the offsets from loose boxes to the pasted ones (R2), and the layer that reads them.
+
+    train, val: features (N, M, D), boxes (N, M, 4). The offsets are explained by the features; by the corners
+    of the loose boxes; by the features beyond the corners, when what these explain is taken out of both.
+    """
+    held_out = max(1, len(train[0]) // 10) * LOOSE
+    x_train, terms_train, y_train = loose_rows(*train, size)
+    x, terms, y = loose_rows(*val, size)
+    layer = ridge(x_train, y_train, held_out)
+    by_corners = ridge(terms_train, y_train, held_out)
+    of_features = ridge(terms_train, x_train, held_out)
+    beyond = ridge(x_train - of_features(terms_train), y_train - by_corners(terms_train), held_out)
+    return layer, {
+        "offsets": explained(y, layer(x)),
+        "offsets_by_corners": explained(y, by_corners(terms)),
+        "offsets_beyond_corners": explained(y - by_corners(terms), beyond(x - of_features(terms)))}
+
+
+def class_scores(train_features, train_classes, features, classes):
+    """Top-1 in %, of pasted boxes and of loose ones, of a layer that was trained on pasted boxes.
+
+    Features (N, M, D), lists of N classes. Chance is the largest class's share. {} unless train and val share
+    two classes.
+    """
+    if len({*train_classes} & {*classes}) < 2:
+        return {}
+    names = sorted({*train_classes, *classes})
+    train_wanted = torch.tensor(list(map(names.index, train_classes)))
+    wanted = torch.tensor(list(map(names.index, classes)))
+    targets = F.one_hot(train_wanted, len(names)).double()
+    layer = ridge(train_features[:, 0].double(), targets, max(1, len(targets) // 10))
+    right = (layer(features.double()).argmax(dim=2) == wanted[:, None]).double()                 # (N, M)
+    return {"class_pasted": 100 * right[:, 0].mean().item(), "class_loose": 100 * right[:, 1:].mean().item(),
+            "class_chance": 100 * wanted.bincount().max().item() / len(wanted)}
+
+
+def draw_loose(examples, dataset, path):
+    """A row for each net: pictures with their box in green, a loose one in red, its correction in yellow."""
+    cells = []
+    for item, *corners in sum(examples, []):
+        image = dataset[item][0]
+        factor = max(1, 224 // image.shape[1])
+        image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+        boxes = (factor * torch.tensor(corners)).clamp(0, image.shape[1] - 1)
+        cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
+    save_image(cells, path, nrow=len(examples[0]))
+
+
+def main(rank, device, args, images, real, data_digest):
+    # ---- the frozen nets, and the run in --out, if it goes on
+    nets, sources = frozen_nets(args, args.arch, device)
+    settings, state = stage.start_probe(args, nets, data_digest, progress="lines")
+    for name, source in sources.items():
+        stage.say(f"{name}: {source}")
+
+    def some_of(split, count, words):
+        """At most `count` entries, by lot; an even number, since the images of composites are pairs."""
+        order = torch.randperm(len(split), generator=generator_for(args.seed, words))[:count]
+        return [split[i] for i in order[:len(order) // 2 * 2]]
+
+    train = Composites(some_of(images[0], args.train_images, "subset"), args.image_size, args.seed)
+    val = Composites(some_of(images[1], args.images, "swap"), args.image_size, args.seed)
+    data = {"swap": (train, val), "loose": (train, val)}
+    if real:
+        train = Photographs(some_of(real[0], args.train_images, "boxes"), args.image_size, args.seed)
+        val = Photographs(some_of(real[1], args.images, "boxes"), args.image_size, args.seed)
+        data["boxes"] = (train, val)
+    for protocol in args.protocol:
+        train, val = data[protocol]
+        stage.say(f"{protocol}: {len(train)} pictures of train, {len(val)} of val")
+    stage.say(f"{args.world} x {args.device}")
+
+    def load(dataset, items):
+        """Batches of some items of a data set: items (n,), pictures (n, 3, S, S), boxes (n, M, 4)."""
+        batches = items.split(64)
+        addresses = [batch.tolist() for batch in batches]
+        loaded = stage.load(dataset, addresses, args.workers, pin_memory=args.device == "cuda")
+        for batch, (pictures, boxes) in zip(batches, loaded):
+            yield batch, pictures.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+
+    def own_part(dataset):
+        return torch.arange(len(dataset)).tensor_split(args.world)[rank]
+
+    def features_of(net, x, boxes):
+        """A net's input (n, 3, S, S), boxes (n, M, 4) -> RoI features (n, M, D), float32."""
+        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+            features = net.features(x, boxes)                                           # (n * M, levels, D)
+        return features.float().unflatten(0, boxes.shape[:2]).flatten(2)
+
+    def gather(parts):
+        """The rows of all ranks, on every rank, on the CPU."""
+        rows = torch.cat(stage.gather_objects(torch.cat(parts).cpu()))
+        if not rows.isfinite().all():
+            stage.leave("the weights give features, or gradients, that are not finite")
+        return rows
+
+    def swap(net, val):
+        """The figures of `swap`."""
+        parts, shares = [], []
+        for batch, pictures, boxes in load(val, own_part(val)):
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_()
+            features = features_of(net, x, boxes[:, :1])[:, 0]                                   # (n, D)
+            seeds = [(args.seed, "direction", image) for image in (batch // 2).tolist()]
+            energy = share_inside(pixel_energy(features, x, seeds), boxes[:, 0])
+            area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
+            parts.append(features.detach())
+            shares.append(torch.stack([energy, area], dim=1))
+        features = gather(parts).unflatten(0, (-1, 2))                  # an image on its two backgrounds
+        inside, area = gather(shares).mean(dim=0).tolist()
+        return {**swap_scores(features), "chance": 100 / len(features), "gradient_inside": inside,
+                "area_inside": area}
+
+    @torch.no_grad()
+    def encode(net, dataset):
+        """The pictures with loose boxes: features (N, M, D), boxes (N, M, 4), classes, items (N,)."""
+        parts, box_parts = [], []
+        for _, pictures, boxes in load(dataset, own_part(dataset)):
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last)
+            parts.append(features_of(net, x, boxes))
+            box_parts.append(boxes)
+        features, boxes = gather(parts), gather(box_parts)
+        iou = box_iou(boxes[:, 0], boxes[:, 1]).diagonal()
+        items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
+        if len(items) < 10:
+            stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
+        classes = [dataset.classes[item] for item in items]
+        return features[items], boxes[items], classes, items.tolist()
+
+    def loose(net, train, val):
+        """The figures of `loose`, `boxes`, and eight examples: item, its box, a loose one, its correction."""
+        train_features, train_boxes, train_classes, _ = encode(net, train)
+        features, boxes, classes, items = encode(net, val)
+        own = features[:, :1] - features[:, :1].mean(dim=0)
+        others = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
+        cosine = F.cosine_similarity(own, others, dim=2).mean().item()
+        by_class = class_scores(train_features, train_classes, features, classes)
+        layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), args.image_size)
+        corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
+        corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
+        examples = [[item, *of_item] for item, of_item in zip(items, corners)]
+        return {"cosine": cosine, **by_class, **by_offset, "pictures": len(items),
+                "left_out": len(val) - len(items), "examples": examples}
+
+    nets_of = dict.fromkeys(PROTOCOLS, nets)
+    if args.protocol != ["swap"]:
+        # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too.
+        estimated = copy.deepcopy(nets["random"])
+        batches = load(data["loose"][0], torch.arange(min(1024, len(data["loose"][0]))))
+        estimate_batchnorm(estimated, ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
+        nets_of["loose"] = {"random_bn": estimated}
+        if "given" in nets:
+            nets_of["loose"]["given"] = nets["given"]
+        nets_of["boxes"] = nets_of["loose"]
+
+    found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
+    for protocol in args.protocol:
+        for name, net in nets_of[protocol].items():
+            if (protocol, name) not in found:                           # else done before the run was stopped
+                train, val = data[protocol]
+                result = swap(net, val) if protocol == "swap" else loose(net, train, val)
+                found[protocol, name] = {"protocol": protocol, "net": name, **result}
+                if rank == 0:
+                    lines = list(found.values())
+                    stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
+            line = found[protocol, name]
+            numbers = [f"{key} {value:.4g}" for key, value in line.items() if isinstance(value, float)]
+            stage.say(f"{protocol:8} {name:9} {', '.join(numbers)}")
+
+    # ---- the results, and a picture for each protocol
+    lines = list(found.values())
+    stage.write_results(args, settings, nets, {"lines": lines, "sources": sources})
+    if rank == 0:
+        for protocol in args.protocol:
+            name = f"{protocol}.png"
+            what = (data[protocol][1], os.path.join(args.out, name))
+            if protocol == "swap":
+                stage.attempt(name, draw_swap, nets, *what)
+            else:
+                examples = [found[protocol, net]["examples"] for net in nets_of[protocol]]
+                stage.attempt(name, draw_loose, examples, *what)
+    stage.say(f"chance is 0 for cosines and offsets; wrote {args.out}/results.json")
+
+
+if __name__ == "__main__":
+    stage.launch(main, get_args(), find_data)
