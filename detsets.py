@@ -245,6 +245,9 @@ def mend(content, folder, masks, tenth, said):
             if key in images:
                 raise ValueError("another image has the same id: renumber")
             images[key] = {**entry, "id": key}
+    for part, ids in (("images", images), ("categories", categories)):
+        if len(set(map(type, ids))) > 1:            # detectron2 sorts them
+            raise ValueError(f"some ids of {part} are numbers and some are words: renumber")
     kept = set(images)
     if tenth:                                       # the paper's list is not public
         order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))

@@ -387,6 +387,8 @@ def test_other_ways_to_write_a_polygon(form, world, tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("edit, said", [
     (one("images", 2, "id", 2), "images[2] 000000000003.jpg: another image has the same id"),
+    (one("images", 2, "id", "a"), "some ids of images are numbers and some are words"),
+    (one("categories", 0, "id", "a"), "some ids of categories are numbers and some are words"),
     (one("images", 2, "id", None), "images[2] 000000000003.jpg: KeyError: 'id'"),
     (one("images", 2, "id", True), "id is True, which is no number"),
     (one("annotations", 4, "image_id"), "annotations[4]: KeyError: 'image_id'"),
