@@ -112,7 +112,7 @@ def main(rank, device, args, train, val, data_digest):
     if not args.knn and "given" in nets:
         del nets["random"]
     settings, state = stage.start_probe(args, nets, data_digest, progress=None if args.knn else "curve")
-    for name, net in nets.items():
+    for name in nets:
         stage.say(f"{name}: {sources[name]}")
     stage.say(f"{len(train)} train, {len(val)} val images, {len(train.classes)} classes; "
               f"{args.world} x {args.device}")
