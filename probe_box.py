@@ -3,7 +3,7 @@
     python probe_box.py runs/insloc_c4 /data/imagenet                 # every GPU of this machine, or the CPU
     python probe_box.py runs/insloc_c4 /data/imagenet --boxes TRAIN.json TRAIN_DIR VAL.json VAL_DIR
 
-By pasting and by jittered boxes an instance's RoI feature should become the instance's alone, says the paper.
+The paper pastes instances and jitters boxes so that an instance's RoI feature becomes the instance's alone.
 It does not measure that. These three protocols do; they are ours. A random net stands beside the given one.
 
 `swap`: each image is pasted at one place on two backgrounds, and should have the same feature. Nothing is
@@ -13,8 +13,10 @@ trained. swap.png shows on which pixels the feature depends.
 A linear layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU
 > .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that
 was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the
-offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor explain much of them
-without any picture, so what the features explain beyond the corners is given, too. loose.png shows examples.
+offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor tell a part of its
+offsets without any picture, since a small anchor must grow and one at the border must move inwards. So there
+are three figures: R2 of the features, R2 of the corners, and R2 of the features for what the corners leave.
+loose.png shows examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """
@@ -72,16 +74,27 @@ def get_args(argv=None):
 # ---- Data: a split is a list of (path, class), or of (path, class, box) ----------------------------------
 
 def find_data(args):
-    """The splits train and val of DATA, those of --boxes (none without it), and a digest of all."""
+    """{protocol: (its data set of train, of val)}, and a digest of all images' names and of all boxes."""
+    size, seed = args.image_size, args.seed
     train, val, digest = stage.find_splits(args)
-    images = (with_folders(train, os.path.join(args.data, "train", "")),
-              with_folders(val, os.path.join(args.data, "val", "")))
-    boxes = ()
+    train = with_folders(train, os.path.join(args.data, "train", ""))
+    val = with_folders(val, os.path.join(args.data, "val", ""))
+    composites = (Composites(some_of(train, args.train_images, seed, "subset"), size, seed),
+                  Composites(some_of(val, args.images, seed, "swap"), size, seed))
+    data = {"swap": composites, "loose": composites}
     if args.boxes:
-        boxes = (read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:]))
-        content = [entry[1:] for entry in boxes[0] + boxes[1]]
+        train, val = read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:])
+        content = [entry[1:] for entry in train + val]
         digest = stage.digest([digest.encode(), repr(content).encode()])
-    return images, boxes, digest
+        data["boxes"] = (Photographs(some_of(train, args.train_images, seed, "boxes"), size, seed),
+                         Photographs(some_of(val, args.images, seed, "boxes"), size, seed))
+    return data, digest
+
+
+def some_of(split, count, *seeds):
+    """At most `count` entries, by lot; an even number, since the images of composites are pairs."""
+    order = torch.randperm(len(split), generator=generator_for(*seeds))[:count]
+    return [split[i] for i in order[:len(order) // 2 * 2]]
 
 
 def with_folders(paths, root):
@@ -213,12 +226,13 @@ def swap_scores(features):
     """
     sets = F.normalize(features - features.mean(dim=0), dim=2)
     a, b = sets.unbind(dim=1)
-    own = torch.arange(len(a), device=a.device)
+    own = torch.arange(len(a))
     twins = sets[0::2] @ sets[1::2].transpose(1, 2)             # (N / 2, 2, 2): by the backgrounds of the two
     return {"same_instance": (a * b).sum(dim=1).mean().item(),
             "same_background": twins.diagonal(dim1=1, dim2=2).mean().item(),
             "same_place": twins.flip(2).diagonal(dim1=1, dim2=2).mean().item(),
-            "top1": 100 * ((a @ b.T).argmax(dim=1) == own).double().mean().item()}
+            "top1": 100 * ((a @ b.T).argmax(dim=1) == own).double().mean().item(),
+            "chance": 100 / len(a)}
 
 
 def draw_swap(nets, dataset, path):
@@ -314,10 +328,10 @@ def loose_rows(features, boxes, size):
 
 
 def offset_scores(train, val, size):
-    """What explains the offsets from loose boxes to the pasted ones (R2), and the layer that reads them.
+    """The linear layer from features to offsets, and what explains the offsets of val (R2).
 
-    train, val: features (N, M, D), boxes (N, M, 4). The offsets are explained by the features; by the corners
-    of the loose boxes; by the features beyond the corners, when what these explain is taken out of both.
+    train, val: features (N, M, D), boxes (N, M, 4). A loose box's own corners explain a part of its offsets.
+    So the features are also scored on the rest: what the corners explain is taken out of both.
     """
     held_out = max(1, len(train[0]) // 10) * LOOSE
     x_train, terms_train, y_train = loose_rows(*train, size)
@@ -350,6 +364,23 @@ def class_scores(train_features, train_classes, features, classes):
             "class_chance": 100 * wanted.bincount().max().item() / len(wanted)}
 
 
+def loose_scores(train, val, size):
+    """The figures of `loose` and `boxes`, and eight examples: item, its box, a loose one, its correction.
+
+    train, val: items (N,), features (N, M, D), boxes (N, M, 4), N classes.
+    """
+    _, train_features, train_boxes, train_classes = train
+    items, features, boxes, classes = val
+    own = features[:, :1] - features[:, :1].mean(dim=0)
+    others = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
+    layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), size)
+    corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
+    corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
+    return {"cosine": F.cosine_similarity(own, others, dim=2).mean().item(),
+            **class_scores(train_features, train_classes, features, classes), **by_offset,
+            "pictures": len(items), "examples": [[item, *boxes] for item, boxes in zip(items, corners)]}
+
+
 def draw_loose(examples, dataset, path):
     """A row for each net: pictures with their box in green, a loose one in red, its correction in yellow."""
     cells = []
@@ -362,25 +393,12 @@ def draw_loose(examples, dataset, path):
     save_image(cells, path, nrow=len(examples[0]))
 
 
-def main(rank, device, args, images, real, data_digest):
+def main(rank, device, args, data, data_digest):
     # ---- the frozen nets, and the run in --out, if it goes on
     nets, sources = frozen_nets(args, args.arch, device)
     settings, state = stage.start_probe(args, nets, data_digest, progress="lines")
     for name, source in sources.items():
         stage.say(f"{name}: {source}")
-
-    def some_of(split, count, words):
-        """At most `count` entries, by lot; an even number, since the images of composites are pairs."""
-        order = torch.randperm(len(split), generator=generator_for(args.seed, words))[:count]
-        return [split[i] for i in order[:len(order) // 2 * 2]]
-
-    train = Composites(some_of(images[0], args.train_images, "subset"), args.image_size, args.seed)
-    val = Composites(some_of(images[1], args.images, "swap"), args.image_size, args.seed)
-    data = {"swap": (train, val), "loose": (train, val)}
-    if real:
-        train = Photographs(some_of(real[0], args.train_images, "boxes"), args.image_size, args.seed)
-        val = Photographs(some_of(real[1], args.images, "boxes"), args.image_size, args.seed)
-        data["boxes"] = (train, val)
     for protocol in args.protocol:
         train, val = data[protocol]
         stage.say(f"{protocol}: {len(train)} pictures of train, {len(val)} of val")
@@ -394,68 +412,46 @@ def main(rank, device, args, images, real, data_digest):
         for batch, (pictures, boxes) in zip(batches, loaded):
             yield batch, pictures.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
 
-    def own_part(dataset):
-        return torch.arange(len(dataset)).tensor_split(args.world)[rank]
+    def encode(net, dataset, with_energy=False):
+        """RoI features (N, M, D), boxes (N, M, 4), on the CPU, the same on all ranks; each encodes a part.
 
-    def features_of(net, x, boxes):
-        """A net's input (n, 3, S, S), boxes (n, M, 4) -> RoI features (n, M, D), float32."""
-        with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
-            features = net.features(x, boxes)                                           # (n * M, levels, D)
-        return features.float().unflatten(0, boxes.shape[:2]).flatten(2)
-
-    def gather(parts):
-        """The rows of all ranks, on every rank, on the CPU."""
-        rows = torch.cat(stage.gather_objects(torch.cat(parts).cpu()))
-        if not rows.isfinite().all():
+        With energy M is 1, and (N,) says which part of the pixel energy lies in the box; else it is 0.
+        """
+        own_part = torch.arange(len(dataset)).tensor_split(args.world)[rank]
+        parts = []
+        for batch, pictures, boxes in load(dataset, own_part):
+            if with_energy:
+                boxes = boxes[:, :1]
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_(with_energy)
+            with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
+                features = net.features(x, boxes)                                       # (n * M, levels, D)
+            features = features.float().unflatten(0, boxes.shape[:2]).flatten(2)
+            inside = torch.zeros(len(batch), device=device)
+            if with_energy:
+                seeds = [(args.seed, "direction", image) for image in (batch // 2).tolist()]
+                inside = share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0])
+            parts.append((features.detach(), boxes, inside))
+        own = [torch.cat(tensors).cpu() for tensors in zip(*parts)]
+        features, boxes, inside = map(torch.cat, zip(*stage.gather_objects(own)))
+        if not (features.isfinite().all() and inside.isfinite().all()):
             stage.leave("the weights give features, or gradients, that are not finite")
-        return rows
+        return features, boxes, inside
 
     def swap(net, val):
         """The figures of `swap`."""
-        parts, shares = [], []
-        for batch, pictures, boxes in load(val, own_part(val)):
-            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_()
-            features = features_of(net, x, boxes[:, :1])[:, 0]                                   # (n, D)
-            seeds = [(args.seed, "direction", image) for image in (batch // 2).tolist()]
-            energy = share_inside(pixel_energy(features, x, seeds), boxes[:, 0])
-            area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
-            parts.append(features.detach())
-            shares.append(torch.stack([energy, area], dim=1))
-        features = gather(parts).unflatten(0, (-1, 2))                  # an image on its two backgrounds
-        inside, area = gather(shares).mean(dim=0).tolist()
-        return {**swap_scores(features), "chance": 100 / len(features), "gradient_inside": inside,
-                "area_inside": area}
+        features, boxes, inside = encode(net, val, with_energy=True)
+        area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
+        return {**swap_scores(features.view(-1, 2, features.shape[2])),     # an image on its two backgrounds
+                "gradient_inside": inside.mean().item(), "area_inside": area.mean().item()}
 
-    @torch.no_grad()
-    def encode(net, dataset):
-        """The pictures with loose boxes: features (N, M, D), boxes (N, M, 4), classes, items (N,)."""
-        parts, box_parts = [], []
-        for _, pictures, boxes in load(dataset, own_part(dataset)):
-            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last)
-            parts.append(features_of(net, x, boxes))
-            box_parts.append(boxes)
-        features, boxes = gather(parts), gather(box_parts)
+    def with_anchors(net, dataset):
+        """Items (N,), features (N, M, D), boxes (N, M, 4), classes of the pictures with loose boxes."""
+        features, boxes, _ = encode(net, dataset)
         iou = box_iou(boxes[:, 0], boxes[:, 1]).diagonal()
         items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
         if len(items) < 10:
             stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
-        classes = [dataset.classes[item] for item in items]
-        return features[items], boxes[items], classes, items.tolist()
-
-    def loose(net, train, val):
-        """The figures of `loose`, `boxes`, and eight examples: item, its box, a loose one, its correction."""
-        train_features, train_boxes, train_classes, _ = encode(net, train)
-        features, boxes, classes, items = encode(net, val)
-        own = features[:, :1] - features[:, :1].mean(dim=0)
-        others = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
-        cosine = F.cosine_similarity(own, others, dim=2).mean().item()
-        by_class = class_scores(train_features, train_classes, features, classes)
-        layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), args.image_size)
-        corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
-        corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
-        examples = [[item, *of_item] for item, of_item in zip(items, corners)]
-        return {"cosine": cosine, **by_class, **by_offset, "pictures": len(items),
-                "left_out": len(val) - len(items), "examples": examples}
+        return items.tolist(), features[items], boxes[items], [dataset.classes[item] for item in items]
 
     nets_of = dict.fromkeys(PROTOCOLS, nets)
     if args.protocol != ["swap"]:
@@ -463,17 +459,20 @@ def main(rank, device, args, images, real, data_digest):
         estimated = copy.deepcopy(nets["random"])
         batches = load(data["loose"][0], torch.arange(min(1024, len(data["loose"][0]))))
         estimate_batchnorm(estimated, ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
-        nets_of["loose"] = {"random_bn": estimated}
+        nets_of["loose"] = nets_of["boxes"] = {"random_bn": estimated}
         if "given" in nets:
             nets_of["loose"]["given"] = nets["given"]
-        nets_of["boxes"] = nets_of["loose"]
 
     found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
     for protocol in args.protocol:
+        train, val = data[protocol]
         for name, net in nets_of[protocol].items():
             if (protocol, name) not in found:                           # else done before the run was stopped
-                train, val = data[protocol]
-                result = swap(net, val) if protocol == "swap" else loose(net, train, val)
+                if protocol == "swap":
+                    result = swap(net, val)
+                else:
+                    result = loose_scores(with_anchors(net, train), with_anchors(net, val), args.image_size)
+                    result["left_out"] = len(val) - result["pictures"]
                 found[protocol, name] = {"protocol": protocol, "net": name, **result}
                 if rank == 0:
                     lines = list(found.values())
@@ -483,8 +482,7 @@ def main(rank, device, args, images, real, data_digest):
             stage.say(f"{protocol:8} {name:9} {', '.join(numbers)}")
 
     # ---- the results, and a picture for each protocol
-    lines = list(found.values())
-    stage.write_results(args, settings, nets, {"lines": lines, "sources": sources})
+    stage.write_results(args, settings, nets, {"lines": list(found.values()), "sources": sources})
     if rank == 0:
         for protocol in args.protocol:
             name = f"{protocol}.png"

@@ -28,10 +28,10 @@ INPUTS = {              # mean and std of pixels, order of channels, stride in t
 SAYS = [(r"caffe(?!2)|msra|detectron2 model zoo|res2_0_branch2a_w", {"caffe"}),                 # its name
         (r"to_rgb false|format bgr", {"caffe"}),                        # mmdetection's, detectron2's
         (r"to_rgb true|format rgb", {"imagenet", "zero-one"}),
-        (r"style caffe|(stride_in_1x1|downsample_in_bottleneck) true", {"caffe"}),      # ..., Hugging Face's
+        (r"style caffe|(stride_in_1x1|downsample_in_bottleneck) true", {"caffe"}),      # Hugging Face's
         (r"style pytorch|stride_in_1x1 false", {"imagenet", "zero-one"})]
-TRIPLE = re.compile(r"(?<![^ .])(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s? ([\d.]+) ([\d.]+) ([\d.]+)"
-                    r"(?![\d.]| \d)")                                   # three numbers, and no fourth
+TRIPLE = re.compile(r"(?<![^ .])(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s? NUM NUM NUM(?![\d.]| \d)"
+                    .replace("NUM", r"(\d+\.?\d*)"))                    # three numbers, and no fourth
 BESIDE = ("config.json", "preprocessor_config.json", "config.yaml")     # timm's, Hugging Face's, detectron2's
 FOREIGN = {             # how a file begins that is no file of PyTorch's: what it is, and what to do
     b"<": "a web page: fetch the file itself",

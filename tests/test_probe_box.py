@@ -151,8 +151,8 @@ def test_swap_scores_and_shares_against_loops():
     place = np.mean([cosine(i, s, i + 1, 1 - s) for i in range(0, 12, 2) for s in (0, 1)])
     found = [max(range(12), key=lambda j: cosine(i, 0, j, 1)) == i for i in range(12)]
     assert probe_box.swap_scores(features) == pytest.approx(
-        {"same_instance": same, "same_background": leak, "same_place": place, "top1": 100 * np.mean(found)},
-        abs=1e-5)
+        {"same_instance": same, "same_background": leak, "same_place": place, "top1": 100 * np.mean(found),
+         "chance": 100 / 12}, abs=1e-5)
     energy, boxes = torch.rand(3, 9, 9), torch.tensor([[0, 0, 9, 9], [2, 3, 7, 5], [8, 0, 9, 9]])
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         inside = sum(energy[i, y, x].item() for y in range(y1, y2) for x in range(x1, x2))
@@ -433,9 +433,8 @@ def test_real_boxes_are_scaled_with_their_photographs(real):
         assert image.shape == (3, 64, 64) and boxes[0].tolist() == pytest.approx([x, y, x + w, y + h])
 
 
-def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):     # noqa: F811
-    result = probe(probe_box, *NARROW, few, *MANY, "--boxes", *real,
-                   "--out", tmp_path / "out")
+def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):  # noqa: F811
+    result = probe(probe_box, *NARROW, few, *MANY, "--boxes", *real, "--out", tmp_path / "out")
     swap, loose, boxes = result["lines"]
     assert [swap["protocol"], loose["protocol"], boxes["protocol"]] == ["swap", "loose", "boxes"]
     assert boxes.keys() == loose.keys() and boxes["class_chance"] == pytest.approx(50, abs=10)

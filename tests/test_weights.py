@@ -461,8 +461,8 @@ AGREE = [
     ("SwAV's red, CLIP's mean", {"cfg": "mean=[0.48145466, 0.4578275, 0.40821073] std=(0.228, 0.224, 0.225)"},
      {}),
     ("timm's configuration", {}, {"config.json": timm([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}),
-    ("words of something else", {"cfg": "to_rgb FORMAT dilation=1 running_mean=[9, 9, 9] mean=[9, 9, 9, 9]"},
-     {})]
+    ("words of something else", {
+        "cfg": "to_rgb FORMAT dilation=1 running_mean=[9, 9, 9] mean=[9, 9, 9, 9] mean=1.2.3 4 5"}, {})]
 
 
 INPUT_FIELDS = slice(Weights._fields.index("pixel_mean"), Weights._fields.index("stride_in_1x1") + 1)

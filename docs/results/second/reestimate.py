@@ -21,7 +21,7 @@ args = probe_box.get_args([*net_is, "--image-size", size, "--device", "cpu", "--
                            "--out", os.devnull])
 nets, _ = frozen_nets(args, "c4", "cpu")
 net = nets["random" if run in RESNETS else "given"]
-(train, _), _, _ = probe_box.find_data(args)
+train = probe_box.with_folders(probe_box.stage.find_splits(args)[0], f"{photos}/train/")
 order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:len(train) // 32 * 32][:1024]
 composites = probe_box.Composites([train[i] for i in order], args.image_size, args.seed)
 
