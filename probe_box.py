@@ -83,7 +83,9 @@ def find_data(args):
                   Composites(some_of(val, args.images, seed, "swap"), size, seed))
     data = {"swap": composites, "loose": composites}
     if args.boxes:
-        train, val = read_boxes(*args.boxes[:2]), read_boxes(*args.boxes[2:])
+        needed = max(10, args.world + 1)                # an even number is used, one a process
+        train = read_boxes(*args.boxes[:2], needed)
+        val = read_boxes(*args.boxes[2:], needed)
         content = [entry[1:] for entry in train + val]
         digest = stage.digest([digest.encode(), repr(content).encode()])
         data["boxes"] = (Photographs(some_of(train, args.train_images, seed, "boxes"), size, seed),
@@ -102,7 +104,7 @@ def with_folders(paths, root):
     return [(path, os.path.dirname(path.removeprefix(root)).split(os.sep)[0]) for path in paths]
 
 
-def read_boxes(json_path, folder):
+def read_boxes(json_path, folder, needed=10):
     """[(image file, category id, (x1, y1, x2, y2))] of a COCO json without its crowds, or a Refusal."""
     boxes = []
     try:
@@ -116,8 +118,8 @@ def read_boxes(json_path, folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
-    if len(boxes) < 10:
-        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; 10 are needed, some hundreds wanted")
+    if len(boxes) < needed:
+        raise stage.Refusal(f"{json_path} has {len(boxes)} boxes; {needed} are needed, some hundreds wanted")
     return boxes
 
 

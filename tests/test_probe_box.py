@@ -426,6 +426,8 @@ def test_real_boxes_are_scaled_with_their_photographs(real):
     with open(real[0]) as f:
         annotations = json.load(f)["annotations"]
     assert len(entries) == 60                                               # the crowd is left out
+    with pytest.raises(probe_box.stage.Refusal, match="has 60 boxes; 61 are needed"):       # for 60 processes
+        probe_box.read_boxes(*map(str, real[:2]), 61)
     dataset = probe_box.Photographs(entries, 64, 0)
     for item in range(60):
         image, boxes = dataset[item]
