@@ -66,9 +66,9 @@ def in_order(waited, texts):
 
 @pytest.mark.parametrize("line, world", [
     ("--arch c4 --method insloc", 2),
-    ("--arch fpn --method insloc", 1),
     *(pytest.param(line, world, marks=pytest.mark.slow) for line, world in [
         ("--arch c4 --method insloc", 1),
+        ("--arch fpn --method insloc", 1),
         ("--arch fpn --method insloc", 2),
         ("--arch c4 --method cp --aug-on composite --nesterov", 2),
         ("--arch c4 --method moco", 1),
@@ -83,6 +83,7 @@ def test_no_line_of_a_step_waits_or_mixes_devices(line, world, sixteen, tmp_path
     assert in_order(gpu.waited, [*LOG, *SAVE])      # one log line and one checkpoint, after two steps
 
 
+@pytest.mark.slow
 def test_what_a_gpu_run_leaves_behind_lies_on_the_cpu_and_goes_on(sixteen, tmp_path):
     """Two checkpoints; the newer one is thrown away, and the run goes on from the one before."""
     out = tmp_path / "run"

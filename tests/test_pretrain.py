@@ -121,7 +121,7 @@ def textbook(photos, arch, method, steps, shuffled=True, composite=False, epochs
 
 @pytest.mark.parametrize("arch, method, more", [
     ("c4", "insloc", []), ("c4", "moco", []), ("c4", "cp", ["--aug-on", "composite"]), ("c4", "ra", []),
-    ("c4", "moco", ["--fill-queue"]), ("fpn", "insloc", []),
+    ("c4", "moco", ["--fill-queue"]), pytest.param("fpn", "insloc", [], marks=pytest.mark.slow),
     pytest.param("fpn", "cp", ["--fill-queue"], marks=pytest.mark.slow),
     pytest.param("fpn", "ra", [], marks=pytest.mark.slow)])
 def test_steps_are_those_of_the_textbook_loop(here, monkeypatch, photos, tmp_path, arch, method, more):
@@ -193,8 +193,8 @@ def base(photos, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("arch, count", [("c4", 2), pytest.param("c4", 4, marks=pytest.mark.slow),
-                                         pytest.param("fpn", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, count", [("c4", 2), ("c4", 4), ("fpn", 2)])
 def test_processes_compute_what_one_computes(base, arch, count):
     one = state_of(base(arch, 1)[0])
     many = state_of(base(arch, count)[0])
@@ -205,6 +205,7 @@ def test_processes_compute_what_one_computes(base, arch, count):
             assert a[name] == pytest.approx(b[name], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_number_of_loader_workers_changes_nothing(here, photos, tmp_path):
     for workers in (0, 1, 2):
         out = tmp_path / str(workers)
@@ -272,7 +273,7 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(base, pho
     assert [line["loss"] for line in a] == [line["loss"] for line in b]
 
 
-@pytest.mark.parametrize("stops", [[2], [1, 4, 7]], ids=str)
+@pytest.mark.parametrize("stops", [[2], pytest.param([1, 4, 7], marks=pytest.mark.slow)], ids=str)
 def test_a_run_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(here, base, monkeypatch, photos,
                                                                          tmp_path, stops):
     enqueue = KeyQueue.enqueue
@@ -317,6 +318,7 @@ def test_the_run_in_numbers(base):
     assert "WARNING: the queue" not in text         # 20 keys of 40 images just fit
 
 
+@pytest.mark.slow
 def test_log_and_tensorboard_say_the_same(here, photos, tmp_path):
     out = tmp_path
     assert here(*FPN, "--epochs", 2, "--out", out, photos)[0] == 0
@@ -571,6 +573,7 @@ def test_no_gpu_where_one_is_asked_for(here, photos):
     assert status == 2 and "torch sees no GPU" in err
 
 
+@pytest.mark.slow
 def test_a_real_process_prints_no_traceback(tmp_path):
     _, err = finish(start(*SMALL, "--out", tmp_path, "/nowhere"), 1)
     assert err == "pretrain.py: error: /nowhere: no such file or folder\n"

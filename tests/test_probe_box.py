@@ -466,6 +466,7 @@ def both(patterns, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumed_is_the_uninterrupted_one(both, tmp_path, monkeypatch):
     torch.save(insloc.make_resnet("narrow18").state_dict(), tmp_path / "weights.pth")
     argv = [tmp_path / "weights.pth", both, *MANY]

@@ -257,6 +257,7 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr("builtins.open", no_proc)
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_that_linux_alone_has(here, elsewhere, photos, tmp_path):
     status, _, err = here(*RUN, "--epochs", 1, "--out", tmp_path / "out", photos)
     assert status == 0, err
@@ -340,7 +341,8 @@ def test_two_agents_of_torchrun_are_one_process_group(base, photos, tmp_path):
     assert same(state_of(tmp_path), state_of(base(2)))
 
 
-@pytest.mark.parametrize("option", ["--lr", pytest.param("--save-steps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--lr", "--save-steps"])
 def test_ranks_of_other_settings_refuse_each_other(photos, tmp_path, option):
     port = free_port()
     ranks = [start(*RUN, option, 1 + rank, "--out", tmp_path / str(rank), photos, env=as_rank(rank, 2, port))
@@ -537,6 +539,7 @@ def test_a_hangup_is_ignored_under_nohup(photos, tmp_path):
     finish(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_goes_away_costs_no_step(here, base, monkeypatch, photos, tmp_path, workers):
     folder = shutil.copytree(photos, tmp_path / "photos")

@@ -92,6 +92,7 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
+@pytest.mark.slow
 def test_settings_of_the_machine_do_not_decide_what_is_installed(machine):
     done = machine.install(sys.executable, machine.whole, **machine.settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -147,6 +148,7 @@ def test_a_newer_python_goes_on_and_may_lack_detectron2_alone(machine):
 
 # ---- bench.py: limits -------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_command_that_is_cut_off_takes_its_children_along(tmp_path):
     child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])"
@@ -266,6 +268,7 @@ def test_the_commands_of_the_makefile_parse():
     assert seen >= {"pretrain.py", "probe_cls.py", "finetune_det.py", "demo.py", "bench.py"}
 
 
+@pytest.mark.slow
 def test_two_sessions_at_once_leave_each_other_their_folders(tmp_path):
     """With the settings of pyproject.toml, by which a folder of a session that runs must be locked."""
     shutil.copy(f"{HERE}/pyproject.toml", tmp_path)
