@@ -42,15 +42,24 @@ for seed in $seeds; do
     for method in $methods; do
         pretrain "$method" "$seed"
     done
+done
+for seed in $seeds; do
+    for method in $methods; do
+        ask "$out/${method}_s$seed" "$out/${method}_s$seed" "$seed"
+    done
+done
+for seed in $seeds; do
     random=$out/random_s$seed
     mkdir -p "$random"
     if [ ! -e "$random/backbone.pth" ]; then            # BatchNorm's statistics of a random net, estimated on composites
         "$python" docs/results/second/reestimate.py "$resnet" "$photos" "$random/backbone.pth" "$seed" "$size"
     fi
     for net in random $methods; do
-        run=$out/${net}_s$seed
-        [ "$net" = random ] || ask "$run" "$run" "$seed"
-        detect "$run/backbone.pth" "$run/trained" "$seed" .02
-        detect "$run/backbone.pth" "$run/frozen" "$seed" .01 MODEL.BACKBONE.FREEZE_AT 5
+        detect "$out/${net}_s$seed/backbone.pth" "$out/${net}_s$seed/trained" "$seed" .02
+    done
+done
+for seed in $seeds; do
+    for net in random $methods; do
+        detect "$out/${net}_s$seed/backbone.pth" "$out/${net}_s$seed/frozen" "$seed" .01 MODEL.BACKBONE.FREEZE_AT 5
     done
 done
