@@ -2,7 +2,7 @@
 
     python tools/figures.py docs                        # all but swap.png
     python tools/figures.py docs --point mine runs/cls_mine/results.json runs/det_mine/results.json
-    python tools/figures.py docs/results --run moco runs/moco --run insloc runs/insloc
+    python tools/figures.py docs/results --run moco runs/moco --run insloc runs/insloc --loose /data/imagenet
 
 OUT/composites.png  three instances, pasted twice each: what the two encoders see, and which boxes they pool
 OUT/step.png        one instance through a step: Fig. 2 of the paper with the names of insloc.py
@@ -10,6 +10,7 @@ OUT/groups.png      two ranks of two groups: the keys that Shuffle-BN gives to e
 OUT/fig1.png        Fig. 1: detection over classification, Table 3a's numbers, and a point for each --point
 OUT/fig4.png        Fig. 4: the cells of the localization probe on a photograph
 OUT/swap.png        with --run, and then alone: on which pixels each net's feature depends (C4 nets)
+OUT/loose.png       with --loose, too: where a linear layer on each net's feature moves a loose box
 """
 import argparse
 import csv
@@ -26,9 +27,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import probe_box  # noqa: E402
 import probe_loc  # noqa: E402
+import stage  # noqa: E402
 from insloc import (C4Encoder, MakeGroup, Views, choose_backgrounds, crop_box, generator_for,  # noqa: E402
-                    grid_anchors, paste, photometric, read_image)
-from weights import Pixels, load_trunk, random_weights, read_weights  # noqa: E402
+                    grid_anchors, jitter_boxes, paste, photometric, read_image)
+from weights import Pixels, load_trunk, read_weights  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -279,20 +281,24 @@ def draw_fig4(out):
 
 # ---- Where a net's feature looks -------------------------------------------------------------------------
 
-def swap_composites(size):
-    """The cat on the rocket and on the cup, at one place: uint8 (2, 3, S, S) and its box, twice (2, 4)."""
-    side_h, side_w = 5 * size // 8, 5 * size // 8
-    cat = Views.resize(read_image(PHOTOS[CAT]), (side_h, side_w))
-    backgrounds = [Views.resize(read_image(PHOTOS[i]), (size, size)) for i in (ROCKET, COFFEE)]
-    pasted = [paste(background, cat, size // 4, size // 4) for background in backgrounds]
-    return torch.stack([composite for composite, _ in pasted]), torch.stack([box for _, box in pasted])
+def composite_of(instance, background, size):
+    """A photograph pasted in the middle of another one: uint8 (3, S, S), its box (4,)."""
+    side = 5 * size // 8
+    foreground = Views.resize(read_image(PHOTOS[instance]), (side, side))
+    return paste(Views.resize(read_image(PHOTOS[background]), (size, size)), foreground, size // 4, size // 4)
 
 
-def energy_of(weights, images, boxes, directions=16):
-    """How much the box's feature depends on each pixel, (N, S, S), as probe_box.py measures it."""
-    net = C4Encoder(weights.resnet, roi_size=images.shape[2] // 16).eval().requires_grad_(False)
+def frozen(path, size):
+    """The net of a run, and what makes its input of uint8 images."""
+    weights = read_weights(path)
+    net = C4Encoder(weights.resnet, roi_size=size // 16).eval().requires_grad_(False)
     load_trunk(net.resnet, weights)
-    x = Pixels(weights)(images).requires_grad_()
+    return net, Pixels(weights)
+
+
+def energy_of(net, pixels, images, boxes, directions=16):
+    """How much the box's feature depends on each pixel, (N, S, S), as probe_box.py measures it."""
+    x = pixels(images).requires_grad_()
     energy = 0
     for t in range(directions):
         features = net.features(x, boxes)[:, 0]
@@ -302,11 +308,9 @@ def energy_of(weights, images, boxes, directions=16):
 
 
 def draw_swap(runs, out, size):
-    """A row for each background; columns: the composite, a random net, the nets of `runs`."""
-    images, boxes = swap_composites(size)
-    found = {name: read_weights(path) for name, path in runs}
-    found = {"random": random_weights(next(iter(found.values())).resnet), **found}
-    columns = len(found) + 1
+    """A row for each background; columns: the composite, then the nets of `runs`."""
+    images, boxes = map(torch.stack, zip(composite_of(CAT, ROCKET, size), composite_of(CAT, COFFEE, size)))
+    columns = len(runs) + 1
     figure = pyplot.figure(figsize=(2 * columns, 4.3), dpi=100)
 
     def panel(row, column, image, title, **more):
@@ -319,12 +323,47 @@ def draw_swap(runs, out, size):
 
     for row in range(2):
         panel(row, 0, images[row].permute(1, 2, 0), "the cat, twice")
-    for column, (name, weights) in enumerate(found.items(), 1):
-        energy = energy_of(weights, images, boxes)
+    for column, (name, path) in enumerate(runs, 1):
+        energy = energy_of(*frozen(path, size), images, boxes)
         blurred = F.avg_pool2d(energy[:, None], 4)[:, 0]            # strides leave a pattern of squares
         for row in range(2):
             panel(row, column, blurred[row].sqrt(), name, cmap="gray", vmin=0)
     figure.savefig(os.path.join(out, "swap.png"))
+
+
+def correction_layer(net, pixels, dataset, size):
+    """probe_box.py's linear layer from the feature of a loose box to its offsets, trained on `dataset`."""
+    features, boxes = [], []
+    for images, some in torch.utils.data.DataLoader(dataset, batch_size=64):
+        features.append(net.features(pixels(images), some).unflatten(0, some.shape[:2]).flatten(2))
+        boxes.append(some)
+    train = torch.cat(features), torch.cat(boxes)
+    return probe_box.offset_scores(train, train, size)[0]
+
+
+def draw_loose(runs, data, out, size):
+    """A row for each composite, a column for each net: the pasted box, a loose one, its correction."""
+    folder = os.path.join(data, "train")
+    entries = [(os.path.join(folder, os.fsdecode(name)), "") for name in stage.find_images(folder)]
+    dataset = probe_box.Composites(probe_box.some_of(entries, 2000, 0, "subset"), size, 0)
+    pairs = ((CAT, ROCKET), (ASTRONAUT, COFFEE), (COFFEE, RETINA))
+    images, boxes = map(torch.stack, zip(*[composite_of(*pair, size) for pair in pairs]))
+    loose = jitter_boxes(boxes, grid_anchors(size), generator=generator_for(0, "loose", size))
+    figure, panels = pyplot.subplots(3, len(runs), figsize=(2.2 * len(runs), 6.8), dpi=100, squeeze=False)
+    for column, (name, path) in enumerate(runs):
+        net, pixels = frozen(path, size)
+        layer = correction_layer(net, pixels, dataset, size)
+        features = net.features(pixels(images), loose)[:, 0]
+        corrected = probe_box.moved_by(loose, layer(features.double()))
+        panels[0, column].set_title(name, fontsize=11, pad=4)
+        for row, axes in enumerate(panels[:, column]):
+            axes.imshow(images[row].permute(1, 2, 0), extent=(0, size, size, 0))
+            for box, color in ((boxes, RED), (loose, BLUE), (corrected, "yellow")):
+                frame(axes, (0, 0), box[row], 1, color, 1.8)
+            axes.set(xlim=(-size / 16, size * 17 / 16), ylim=(size * 17 / 16, -size / 16))
+            axes.axis("off")
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.955, 0.02, 0.02)
+    figure.savefig(os.path.join(out, "loose.png"))
 
 
 def main():
@@ -334,13 +373,19 @@ def main():
     parser.add_argument("--point", nargs=3, action="append", default=[], metavar=("NAME", "CLS", "DET"),
                         help="a point of fig1.png: results.json of probe_cls.py and of finetune_det.py")
     parser.add_argument("--run", nargs=2, action="append", default=[], metavar=("NAME", "RUN"),
-                        help="a column of swap.png: a C4 run")
-    parser.add_argument("--image-size", type=int, default=96, help="canvas of swap.png")
+                        help="a column of swap.png and loose.png: a C4 run, or a file of weights")
+    parser.add_argument("--loose", metavar="DATA", help="draw loose.png, too: DATA/train trains its layers")
+    parser.add_argument("--image-size", type=int, default=96, help="canvas of swap.png and loose.png")
     args = parser.parse_args()
     if not os.path.isdir(args.out):
         sys.exit(f"figures.py: {args.out}: no such folder")
+    if args.loose and not args.run:
+        sys.exit("figures.py: --loose needs --run, a column each")
     if args.run:
-        return draw_swap(args.run, args.out, args.image_size)
+        draw_swap(args.run, args.out, args.image_size)
+        if args.loose:
+            draw_loose(args.run, args.loose, args.out, args.image_size)
+        return
     shown = Shown(EPOCH, STEP)
     draw_composites(shown, args.out)
     draw_step(shown, args.out)

@@ -113,6 +113,95 @@ def class_and_place_table():
                       *[cell(place(trunk, method, protocol), 1) for protocol in ("full", "reflect", "alone")])
 
 
+# ---- The third study -------------------------------------------------------------------------------------
+
+def asked(method, protocol, *keys):
+    """For each seed that was run, a figure of probe_box.py, or the first less the others.
+
+    The random nets stand in InsLoc's files.
+    """
+    net = method if method.startswith("random") else "given"
+    run = "insloc" if method.startswith("random") else method
+    found = []
+    for results in third(run, "box.json"):
+        for line in results["lines"]:
+            if line["protocol"] == protocol and line["net"] == net:
+                values = [line[key] for key in keys]
+                found.append(values[0] - sum(values[1:]))
+    return found
+
+
+def third(run, file):
+    """A file of each seed, as far as there is one."""
+    paths = [("third", f"{run}_s{seed}", file) for seed in (0, 1)]
+    return [read(*path) for path in paths if os.path.exists(os.path.join(HERE, *path))]
+
+
+def detected(method, layers, metric):
+    """A metric of boxes of the detector whose `layers` (all trained, or the trunk frozen) were fine-tuned."""
+    return [results["mean"][metric] for results in third(method, f"{layers}.json")]
+
+
+def third_swap_table():
+    for method in ("random", "moco", "cp", "insloc"):
+        accuracies = [mean_accuracy(lines[-5:]) for lines in third(method, "log.jsonl")]
+        cosines = []
+        for key in ("same_instance", "same_background", "same_place"):
+            cosines.append(cell(asked(method, "swap", key), 2))
+        cosines.append(cell(asked(method, "swap", "same_instance", "same_background"), 2))      # the margin
+        inside = [100 * value for value in asked(method, "swap", "gradient_inside")]
+        yield row(NAMES[method], "" if method == "random" else cell(accuracies, 2), *cosines,
+                  cell(asked(method, "swap", "top1"), 1), cell(inside, 1))
+
+
+def loose_table():
+    for protocol, pictures in (("loose", "composites"), ("boxes", "VOC")):
+        for method in ("random_bn", "moco", "cp", "insloc"):
+            yield row(f"{pictures}, {NAMES[method]}", cell(asked(method, protocol, "cosine"), 2),
+                      cell(asked(method, protocol, "class_pasted"), 1),
+                      cell(asked(method, protocol, "class_loose"), 1),
+                      cell(asked(method, protocol, "class_pasted", "class_loose"), 1),
+                      cell(asked(method, protocol, "offsets"), 3),
+                      cell(asked(method, protocol, "offsets_beyond_corners"), 3))
+
+
+def detector_table():
+    for method in ("random", "moco", "cp", "insloc"):
+        cells = []
+        for layers in ("trained", "frozen"):
+            for metric in ("APbb", "AP50bb", "AP75bb"):
+                cells.append(cell(detected(method, layers, metric), 1))
+        yield row("random, BN estimated" if method == "random" else NAMES[method], *cells)
+
+
+def expectations_table():
+    """What the plan expects of each pair of rungs, what came out, and whether it counts."""
+    for protocol, pictures in (("loose", "composites"), ("boxes", "VOC")):
+        for method in ("moco", "cp"):
+            yield verdict(f"class lost, {pictures}", method, "insloc", 1,
+                          lambda net: asked(net, protocol, "class_pasted", "class_loose"))
+        for key, what in (("offsets", "offsets"), ("offsets_beyond_corners", "offsets beyond corners")):
+            yield verdict(f"{what}, {pictures}", "insloc", "cp", 3, lambda net: asked(net, protocol, key))
+    for layers, what in (("trained", "AP, all trained"), ("frozen", "AP, trunk frozen")):
+        for above, below in (("insloc", "cp"), ("cp", "moco"), ("moco", "random"), ("insloc", "moco"),
+                             ("insloc", "random")):
+            yield verdict(what, above, below, 1, lambda net: detected(net, layers, "APbb"))
+
+
+def verdict(what, above, below, digits, values):
+    """A row: the mean of values(above) less that of values(below), and whether it counts by the plan."""
+    expected = f"{NAMES[above]} above {NAMES[below]}"
+    a, b = values(above), values(below)
+    if min(len(a), len(b)) < 2:
+        return row(what, expected, "not run", "")
+    difference = sum(a) / len(a) - sum(b) / len(b)
+    spread = max(max(a) - min(a), max(b) - min(b))
+    apart = min(a) > max(b) or min(b) > max(a)
+    counts = "yes" if apart and abs(difference) > 2 * spread else "no"
+    sign = "+" if difference > 0 else "-"
+    return row(what, expected, sign + number(abs(difference), digits), counts)
+
+
 # ---- The first study -------------------------------------------------------------------------------------
 
 def first_place(run, protocol):
@@ -164,7 +253,8 @@ def readme_table():
 
 def missing():
     """[(page, row)] that are in no line of the page."""
-    pages = {"README.md": [*background_table(), *class_and_place_table(), *first_table()],
+    pages = {"README.md": [*background_table(), *class_and_place_table(), *first_table(), *third_swap_table(),
+                           *loose_table(), *detector_table(), *expectations_table()],
              "../../README.md": list(readme_table())}
     faults = []
     for page, rows in pages.items():
