@@ -169,7 +169,7 @@ def detector_table():
     for method in ("random", "moco", "cp", "insloc"):
         cells = []
         for layers in ("trained", "frozen"):
-            for metric in ("APbb", "AP50bb", "AP75bb"):
+            for metric in ("AP", "AP50", "AP75"):
                 cells.append(cell(detected(method, layers, metric), 1))
         yield row("random, BN estimated" if method == "random" else NAMES[method], *cells)
 
@@ -185,7 +185,7 @@ def expectations_table():
     for layers, what in (("trained", "AP, all trained"), ("frozen", "AP, trunk frozen")):
         for above, below in (("insloc", "cp"), ("cp", "moco"), ("moco", "random"), ("insloc", "moco"),
                              ("insloc", "random")):
-            yield verdict(what, above, below, 1, lambda net: detected(net, layers, "APbb"))
+            yield verdict(what, above, below, 1, lambda net: detected(net, layers, "AP"))
 
 
 def verdict(what, above, below, digits, values):
