@@ -103,7 +103,7 @@ def test_every_option_says_where_its_default_comes_from(script, monkeypatch):
 def test_flags_that_are_named_exist(monkeypatch):
     known = {flag for script in SCRIPTS for action in parser_of(script, monkeypatch)._actions
              for flag in action.option_strings}
-    others = {"--logdir", "--shm-size", "--ipc", "--signal"}                # TensorBoard's, docker's, Slurm's
+    others = {"--logdir", "--shm-size", "--ipc", "--signal", "--requeue"}   # TensorBoard's, docker's, Slurm's
     named = set(re.findall(r"`(--[a-z-]+)", TEXT)) - others
     assert len(named) > 25 and named <= known, named - known
 
