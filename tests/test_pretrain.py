@@ -530,7 +530,7 @@ BAD = {
     "group that does not divide the batch": (["--bn-group", 5, "DATA"], "not a multiple of --bn-group 5"),
     "one group": (["--bn-group", 12, "DATA"], "--batch-size 24"),
     "group of two": (["--bn-group", 2, "DATA"], "a sample and two backgrounds"),
-    "processes that do not divide the groups": (["--nprocs", 3, "DATA"], "evenly: take a number that divides 4"),
+    "processes that do not divide the groups": (["--nprocs", 3, "DATA"], "take a number that divides 4"),
     "more processes than groups": (["--nprocs", 8, "DATA"], "8 processes cannot share 4 groups"),
     "boxes larger than the canvas": (["--fg-size", 16, 65, "DATA"], "LOW <= HIGH <= canvas 64"),
     "boxes the wrong way round": (["--fg-size", 30, 20, "DATA"], "LOW <= HIGH"),
