@@ -133,15 +133,14 @@ def get_args(argv=None):
 def find_data(args):
     """DATA -> paths, a NumPy bytes array, in an order that the names decide; their number and digest."""
     stage.check_new(args, ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth"))
-    data = args.data
-    if os.path.isdir(data):
-        data = choose_split(data)
-        root, names = data, stage.find_images(data)
+    if os.path.isdir(args.data):
+        root = choose_split(args.data)
+        names = stage.find_images(root)
     else:
-        root, names = read_list(data)
+        root, names = read_list(args.data)
     needed = f"--preview {args.preview}" if args.preview else f"--batch-size {args.batch_size}"
     if len(names) < (args.preview or args.batch_size):
-        raise stage.Refusal(f"{data} has {len(names)} images, less than {needed}; looked for: "
+        raise stage.Refusal(f"{args.data} has {len(names)} images, less than {needed}; looked for: "
                             f"{b' '.join(stage.ENDINGS).decode()}")
     paths = np.array([os.path.join(os.fsencode(root), name) for name in names])
     return paths, f"{len(names)} files {stage.digest(names)}"
@@ -166,7 +165,7 @@ def choose_split(folder):
 
 
 def read_list(path):
-    """A text file or pipe of names, one a line or ended by zero bytes -> the folder they start at, names."""
+    """A text file, or pipe, of paths, one a line or ended by NUL -> the folder they start at; the paths."""
     pipe = os.path.exists(path) and Path(path).is_fifo()
     if not (pipe or os.path.isfile(path)):
         raise stage.Refusal(f"{path}: no such file or folder")
@@ -418,7 +417,7 @@ def add_events(events, record):
 
 
 def save(out, state):
-    """checkpoint.pth and backbone.pth."""
+    """Writes checkpoint.pth and backbone.pth, for rank 0."""
     try:
         state = stage.save_checkpoint(out, state)
         trunk = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
