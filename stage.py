@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import multiprocessing.queues
 import multiprocessing.resource_tracker
 import multiprocessing.util
@@ -287,7 +286,9 @@ def run(rank, rendezvous, main, args, prepared):
     except (MemoryError, RuntimeError) as error:                    # torch has no class for the CPU's memory
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):
-            if dist.is_initialized():       # the cause may be another process's end: it is heard of first
+            if dist.is_initialized():       # the cause may be another process's end: it is heard of first,
+                for number in before:       # and its launcher may end this one without a traceback
+                    signal.signal(number, stop)
                 time.sleep(1)
             raise
         end(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
@@ -353,23 +354,19 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
         worker_init_fn=start_worker, multiprocessing_context=context))
     if workers:                             # torch's handler raises at whatever line runs when a worker dies
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
-        try:
-            batch = next(loader)
-        except StopIteration:
-            return
-        except (Refusal, *data_errors) as error:
-            raise Refusal(last_line(error)) from error
-        except (OSError, EOFError, RuntimeError) as error:
-            if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
-                raise
-            end_workers()
-            with contextlib.suppress(OSError):      # Python removes it in the end, or complains
-                os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
-            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
-                          "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
-                          "TMPDIR must last as long as the run") from error
-        yield batch
+    try:
+        yield from loader
+    except (Refusal, *data_errors) as error:
+        raise Refusal(last_line(error)) from error
+    except (OSError, EOFError, RuntimeError) as error:
+        if not workers or "in DataLoader worker process" in str(error):     # torch's words for a bug in one
+            raise
+        end_workers()
+        with contextlib.suppress(OSError):          # Python removes it in the end, or complains
+            os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
+        raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or /dev/shm "
+                      "is short, take fewer --workers or 0, or docker's --shm-size; the folder TMPDIR must "
+                      "last as long as the run") from error
 
 
 def start_worker(_):
