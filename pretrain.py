@@ -21,11 +21,13 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -35,16 +37,12 @@ from insloc import (PIXEL_MEAN, PIXEL_STD, C4Encoder, FPNEncoder, KeyQueue, Make
 from stage import say
 from weights import RESNETS, read_weights
 
-RUN_FILES = ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth")
 # These may differ between a run and its continuation, since they change nothing of what is computed.
 FREE = stage.LOCAL | {"world", "log_every", "save_steps", "preview", "compile"}
-# What to do about settings that differ.
-HINTS = {"epochs": "each step's rate depends on --epochs: to train longer, start another --out from these "
-                   "weights by --init"}
 DATA_ERRORS = (Unreadable, TooFewImages)                        # here the data is at fault, not the program
-SPLITS = re.compile(r"(train|val|valid|validation|test|testing|dev|eval|extra|unlabell?ed)([\W\d_]|$)", re.I)
-PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")            # a shell's names for what it pipes in
-CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1f]")                  # bytes that a list of paths does not have
+# Folders beside `train` that are no classes: hidden ones, and splits such as val, Test_2 or unlabeled.
+NO_CLASS = re.compile(r"\.|(train|val|valid|validation|test|testing|dev|eval|extra|unlabell?ed)([\W\d_]|$)",
+                      re.IGNORECASE)
 
 
 def get_args(argv=None):
@@ -105,10 +103,8 @@ def get_args(argv=None):
     args.resume = args.resume and not args.preview          # a picture goes into a folder of its own
     if args.image_size < 32 or args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the stride of the network")
-    if args.fg_size and not pasting:
-        parser.error(f"--fg-size: --method {args.method} pastes nothing")
-    if args.keep_aspect and not pasting:
-        parser.error(f"--keep-aspect: --method {args.method} pastes nothing")
+    if not pasting and (args.fg_size or args.keep_aspect):
+        parser.error(f"--method {args.method} pastes nothing: leave --fg-size and --keep-aspect out")
     if pasting:
         args.fg_size = args.fg_size or [args.image_size // 2, args.image_size]
         if not 1 <= args.fg_size[0] <= args.fg_size[1] <= args.image_size:
@@ -129,28 +125,25 @@ def get_args(argv=None):
         parser.error("one BatchNorm group: no shuffle parts keys from queries, BatchNorm leaks the answer: "
                      f"take --batch-size {2 * args.bn_group}, or a smaller --bn-group")
     if n_groups % args.world:
-        fits = max(count for count in range(1, min(n_groups, args.world) + 1) if n_groups % count == 0)
-        parser.error(f"{args.world} processes cannot share {n_groups} groups evenly, at most {fits} can")
+        parser.error(f"{args.world} processes cannot share {n_groups} groups evenly: take a number that "
+                     f"divides {n_groups}")
     return args
 
 
 def find_data(args):
     """DATA -> paths, a NumPy bytes array, in an order that the names decide; their number and digest."""
-    stage.check_new(args, RUN_FILES)
-    data = args.data
-    if os.path.isdir(data):
-        data = choose_split(data)
-        root = os.fsencode(data)
-        names = stage.find_images(data)
+    stage.check_new(args, ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth"))
+    if os.path.isdir(args.data):
+        root = choose_split(args.data)
+        names = stage.find_images(root)
     else:
-        # Relative paths start at the folder of the list.
-        root = b"" if data.startswith(PIPES) else os.path.dirname(os.fsencode(data))
-        names = read_list(data, root)
+        root, names = read_list(args.data)
     needed = f"--preview {args.preview}" if args.preview else f"--batch-size {args.batch_size}"
     if len(names) < (args.preview or args.batch_size):
-        raise stage.Refusal(f"{data} has {len(names)} images, less than {needed}; looked for: "
+        raise stage.Refusal(f"{args.data} has {len(names)} images, less than {needed}; looked for: "
                             f"{b' '.join(stage.ENDINGS).decode()}")
-    return np.array([os.path.join(root, name) for name in names]), f"{len(names)} files {stage.digest(names)}"
+    paths = np.array([os.path.join(os.fsencode(root), name) for name in names])
+    return paths, f"{len(names)} files {stage.digest(names)}"
 
 
 def choose_split(folder):
@@ -159,46 +152,46 @@ def choose_split(folder):
     if not os.path.isdir(train):
         return folder
     with stage.touching(folder):
-        neighbours = sorted(os.listdir(folder))
-    for name in neighbours:
-        neighbour = os.path.join(folder, name)
-        if SPLITS.match(name) or name.startswith(".") or not os.path.isdir(neighbour):
+        neighbours = sorted(Path(folder).iterdir())
+    for neighbour in neighbours:
+        if NO_CLASS.match(neighbour.name):
             continue
-        for _, _, files in os.walk(neighbour):
-            if any(os.path.splitext(os.fsencode(file))[1].lower() in stage.ENDINGS for file in files):
-                raise stage.Refusal(f"{folder} holds images in `train` and in {name!r}, which is no split: "
-                                    f"give {train} for that alone, or a text file of paths for both")
+        for path in neighbour.rglob("*"):
+            if os.fsencode(path.suffix.lower()) in stage.ENDINGS:
+                raise stage.Refusal(f"{folder} holds images in `train` and in {neighbour.name!r}, which is "
+                                    f"no split: give {train} for that alone, or a text file of paths")
     say(f"taking {train!r} alone")
     return train
 
 
-def read_list(path, root):
-    """The names in a text file, one a line or ended by zero bytes. Refuses what is no list of files."""
-    if not (os.path.isfile(path) or path.startswith(PIPES) and os.path.exists(path)):
+def read_list(path):
+    """A text file, or pipe, of paths, one a line or ended by NUL -> the folder they start at; the paths."""
+    pipe = os.path.exists(path) and Path(path).is_fifo()
+    if not (pipe or os.path.isfile(path)):
         raise stage.Refusal(f"{path}: no such file or folder")
     with stage.touching(path), open(path, "rb") as f:
         text = f.read(2 ** 16)
-        if CONTROL.search(text):
+        if set(text) & set(range(1, 9)):                            # no name has these; archives are large
             raise stage.Refusal(f"{path} is no text file of paths; if it is an archive, unpack it and give "
                                 "the folder")
         text += f.read()
     names = text.split(b"\0") if b"\0" in text else text.splitlines()
     names = [name for name in names if name]
-    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
-    if missing:
-        raise stage.Refusal(f"{path}: {len(missing)} of {len(names)} listed files do not exist, the first is "
-                            f"{os.fsdecode(missing[0])[:200]!r}")
-    return names
+    root = "" if pipe else os.path.dirname(path)
+    for name in names:
+        if not os.path.isfile(os.path.join(os.fsencode(root), name)):
+            raise stage.Refusal(f"{path} lists {os.fsdecode(name)[:200]!r}, and there is no such file")
+    return root, names
 
 
 def make_data(args, paths):
     """The dataset and the collate function of this method."""
     ratio = (1 / 2, 2) if args.keep_aspect else (3 / 4, 4 / 3)                  # [released code], [MoCo v2]
     backgrounds = args.backgrounds if args.method in ("cp", "insloc") else "none"
-    views = Views(paths, args.seed, args.image_size, args.fg_size, ratio, args.keep_aspect, backgrounds)
+    dataset = Views(paths, args.seed, args.image_size, args.fg_size, ratio, args.keep_aspect, backgrounds)
     make_group = MakeGroup(args.seed, args.image_size, backgrounds, jitter=args.method == "insloc",
                            flip_moves_box=backgrounds != "none" and args.aug_on == "composite")
-    return views, make_group
+    return dataset, make_group
 
 
 def make_networks(args, device, state):
@@ -251,7 +244,7 @@ def check_compiler(device):
     try:
         torch.compile(torch.nn.ReLU())(torch.ones(2, device=device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = stage.first_line(error)
         raise stage.Refusal(f"--compile: torch cannot compile on this machine: {reason}") from error
 
 
@@ -328,27 +321,25 @@ def accuracies(q, k, logits, first):
 def save_composites(args, paths, count):
     """composites.png, as Fig. 3: of each sample the query, then the key, with the pasted box in red.
 
-    On the query the anchor that is pooled in its place is blue, and open where it leaves the canvas. Small
-    canvases are enlarged, so that the thin lines hide nothing.
+    The box that the encoder pools is blue. It is hidden below the red one but for a jittered query, and open
+    where its anchor leaves the canvas. Small canvases are enlarged, so that the thin lines hide nothing.
     """
-    views, make_group = make_data(args, paths)
+    dataset, make_group = make_data(args, paths)
     size = min(max(count, args.bn_group), len(paths))
     addresses = batches(len(paths), size, size, 1, args.seed)
-    group = next(stage.load(views, addresses, 0, make_group, data_errors=DATA_ERRORS))
+    group = next(stage.load(dataset, addresses, 0, make_group, data_errors=DATA_ERRORS))
     mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
     zoom = max(1, 256 // args.image_size)
     images = {}
     for name in ("query", "key"):
         pixels = (augment(group[name], args, "cpu").float() * std + mean) * 255
-        images[name] = pixels.round().byte().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+        images[name] = interpolate(pixels.round().byte(), scale_factor=zoom)
     panels = []
     for i in range(count):
         for name in ("query", "key"):
-            panel = images[name][i]
-            for boxes, colour in ((group[name]["drawn_boxes"], (20, 60, 255)),
-                                  (group[name]["boxes"], (255, 30, 30))):
-                panel = draw_bounding_boxes(panel, boxes[i:i + 1] * zoom, colors=colour, width=2)
-            panels.append(panel)
+            pooled_and_pasted = torch.stack([group[name]["drawn_boxes"][i], group[name]["boxes"][i]])
+            panels.append(draw_bounding_boxes(images[name][i], pooled_and_pasted * zoom, width=2,
+                                              colors=[(20, 60, 255), (255, 30, 30)]))
     sheet = torchvision.io.encode_png(make_grid(panels, nrow=4, padding=6, pad_value=255))
     path = os.path.join(args.out, "composites.png")
     stage.write_atomically(path, lambda f: f.write(sheet.numpy().tobytes()))
@@ -391,7 +382,7 @@ def peak_memory(device):
 
 def start_log(args, step, data_digest):
     """log.jsonl with what it has up to `step` and a line about this start."""
-    records = [record for record in read_log(args.out) if record["step"] <= step] if step else []
+    records = [record for record in read_log(args.out) if record["step"] <= step]
     records.append({"step": step, "args": vars(args), "images": data_digest, "commit": stage.commit(),
                     "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "python": sys.version.split()[0]})
@@ -426,35 +417,28 @@ def add_events(events, record):
 
 
 def save(out, state):
-    """checkpoint.pth and backbone.pth, by rank 0. All ranks leave if that fails."""
-    failure = ""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            state = stage.save_checkpoint(out, state)
-            trunk = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
-                     if name.startswith("resnet.")}
-            stage.write_atomically(os.path.join(out, "backbone.pth"), lambda f: torch.save(trunk, f))
-        except stage.Refusal as refusal:
-            failure = f"step {state['step']} is not saved: {refusal}{stage.go_on(out)}"
-    failure = stage.gather_objects(failure)[0]
-    if failure:
-        stage.leave(failure)
+    """Writes checkpoint.pth and backbone.pth, for rank 0."""
+    try:
+        state = stage.save_checkpoint(out, state)
+        trunk = {name.removeprefix("resnet."): tensor for name, tensor in state["encoder_q"].items()
+                 if name.startswith("resnet.")}
+        stage.write_atomically(os.path.join(out, "backbone.pth"), lambda f: torch.save(trunk, f))
+    except stage.Refusal as refusal:
+        raise stage.Refusal(f"step {state['step']} is not saved: {refusal}{stage.go_on(out)}") from refusal
 
 
 def check_share(unreadable, paths):
     """All ranks leave if more than 1 % of the images cannot be read. unreadable: all ranks' indices."""
     if len(unreadable) > len(paths) / 100:
-        names = ", ".join(repr(os.fsdecode(paths[index])) for index in sorted(unreadable)[:10])
+        names = [os.fsdecode(paths[index]) for index in sorted(unreadable)[:10]]
         stage.leave(f"{len(unreadable)} of {len(paths)} images cannot be read, over 1 %: {names}")
 
 
-def introduce(args, n_images, encoder, epoch_steps):
-    """The run in numbers, on standard output. Returns the loss of chance."""
+def introduce(args, encoder, n_images, epoch_steps, filling_steps, chance):
+    """Says the run in numbers."""
     n_groups = args.batch_size // args.bn_group
     n_own = n_groups // args.world
     n_levels = len(encoder.levels)
-    filling_steps = math.ceil(args.queue_size / args.batch_size)
-    chance = n_levels * math.log(1 + args.queue_size)
     n_parameters = sum(p.numel() for p in encoder.parameters())
     say(f"""{args.method} {args.arch}: {args.resnet}, {n_parameters:,} parameters
 device  {args.world} x {args.device}, {args.precision}, {args.workers} loader workers each
@@ -468,7 +452,6 @@ chance  loss {chance:.2f} = {n_levels} x ln(1 + {args.queue_size}); acc_batch {1
     if args.queue_size > n_images / 2:
         say("WARNING: the queue exceeds half of the images: an image's own older keys become its negatives; "
             f"--queue-size {2 ** int(math.log2(n_images / 2))} would fit")
-    return chance
 
 
 def main(rank, device, args, paths, data_digest):
@@ -481,7 +464,7 @@ def main(rank, device, args, paths, data_digest):
 
     # ---- run directory: the checkpoint to go on from, and whether it and the ranks are of one run
     settings = {**vars(args), "images": data_digest}
-    state = stage.resume(args, settings, FREE, HINTS)
+    state = stage.resume(args, settings, FREE, "--init starts another --out from these weights")
     step = state["step"] if state else 0
     stage.check_ranks({**settings, "step": step})
 
@@ -492,8 +475,8 @@ def main(rank, device, args, paths, data_digest):
     epoch_steps = len(paths) // args.batch_size
     last_step = args.epochs * epoch_steps
     save_steps = args.save_steps or max(epoch_steps, 500)
-    filling_steps = math.ceil(args.queue_size / args.batch_size) if args.fill_queue else 0
-    if filling_steps >= last_step:
+    filling_steps = math.ceil(args.queue_size / args.batch_size)
+    if args.fill_queue and filling_steps >= last_step:
         stage.leave(f"--fill-queue: all {last_step} steps would only fill the queue; take a smaller "
                     "--queue-size, or more --epochs")
 
@@ -508,12 +491,13 @@ def main(rank, device, args, paths, data_digest):
         check_compiler(device)
         encoder_q.compile()
         encoder_k.compile()
-    views, make_group = make_data(args, paths)
+    dataset, make_group = make_data(args, paths)
     addresses = batches(len(paths), args.batch_size, args.bn_group, args.epochs, args.seed, step, own_groups)
-    loader = stage.load(views, addresses, args.workers, make_group, args.device == "cuda", DATA_ERRORS)
+    loader = stage.load(dataset, addresses, args.workers, make_group, args.device == "cuda", DATA_ERRORS)
 
     # ---- log and pictures
-    chance = introduce(args, len(paths), encoder_q, epoch_steps)
+    chance = len(levels) * math.log(1 + args.queue_size)                # the loss of keys that are all alike
+    introduce(args, encoder_q, len(paths), epoch_steps, filling_steps, chance)
     events = None
     if rank == 0:
         start_log(args, step, data_digest)
@@ -547,16 +531,15 @@ def main(rank, device, args, paths, data_digest):
             failure = f"loading step {step + 1}: {refusal}"
         failure = max(stage.gather_objects(failure))                    # "" is the smallest
         if failure:
-            if step > saved_step:
+            if rank == 0 and step > saved_step:
                 save(args.out, state_after(step))
             stage.leave(failure + stage.go_on(args.out))
         waited += time.perf_counter() - before
         for group in batch:
-            for index in group["unreadable"]:
-                if index not in unreadable:
-                    unreadable.add(index)
-                    path = os.fsdecode(paths[index])
-                    print(f"cannot read {path!r}: another image takes its place", flush=True)
+            for index in sorted(set(group["unreadable"]) - unreadable):
+                path = os.fsdecode(paths[index])
+                print(f"cannot read {path!r}: another image takes its place", flush=True)
+            unreadable.update(group["unreadable"])
 
         # The key encoder follows the query encoder. MoCo does this after the queries' forward pass, which is
         # the same, since the optimizer steps last.
@@ -587,7 +570,7 @@ def main(rank, device, args, paths, data_digest):
             (loss.sum() / n_own).backward()             # sum over levels, mean over groups
             with torch.no_grad():                       # on the device until a line is logged
                 totals += torch.cat([loss.double(), accuracies(q, k, logits, first)]) / n_own
-        if step >= filling_steps:
+        if step >= filling_steps or not args.fill_queue:
             optimizer.step()
         queue.enqueue(k)
         step += 1
@@ -618,9 +601,9 @@ def main(rank, device, args, paths, data_digest):
             waited = 0.0
 
         if save_now:
-            save(args.out, state_after(step))
             saved_step = step
             if rank == 0:
+                save(args.out, state_after(step))
                 stage.attempt("loss.png", save_curves, args.out, chance, args.queue_size, args.batch_size)
         if step % epoch_steps == 0:
             unreadable = set().union(*stage.gather_objects(unreadable))

@@ -14,11 +14,9 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
-import functools
 import hashlib
 import json
 import logging
-import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.resource_tracker
 import multiprocessing.util
@@ -29,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import zipfile
 from pathlib import Path
@@ -41,7 +40,6 @@ ENDINGS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".t
 LOCK = "insloc.lock"                        # a folder that holds this file is a run directory
 LOCAL = {"data", "out", "resume", "device", "nprocs", "workers"}    # these may differ between machines
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # each is a request to stop
-LAUNCH = "start by torchrun, or unset RANK"
 PR_SET_PDEATHSIG = 1                        # Linux's prctl: "send me this signal when my parent ends"
 
 
@@ -105,10 +103,15 @@ def touching(place):
         raise Refusal(f"{place}: {error.strerror or error}") from error
 
 
+def first_line(error):
+    """What happened, out of an exception of torch, which puts its advice below."""
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def last_line(error):
     """What happened, out of an exception; out of a loader worker it comes behind the worker's traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(f"{type(error).__name__}: ")[-1]
+    name = type(error).__name__
+    return str(error).strip().rpartition("\n")[2].rpartition(f"{name}: ")[2] or name
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------
@@ -128,16 +131,13 @@ def launcher_variables():
     """{name: int} of torchrun's variables, {} without a launcher. Refuses what is empty or no number."""
     found = {}
     if "RANK" in os.environ:
-        defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}             # one process a machine
-        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            text = os.environ.get(name, defaults.get(name, ""))
+        given = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **os.environ}  # default: one process a machine
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            text = given.get(name, "")
             if not text.isdecimal():
-                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: {LAUNCH}")
+                raise Refusal(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset "
+                              "RANK")
             found[name] = int(text)
-        if not os.environ.get("MASTER_ADDR"):
-            raise Refusal(f"RANK is set, but not MASTER_ADDR: {LAUNCH}")
-        if found["RANK"] >= found["WORLD_SIZE"]:
-            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}: {LAUNCH}")
     return found
 
 
@@ -184,8 +184,7 @@ def check_gpu(device=None):
             torch.cuda.set_device(device)
             torch.zeros(1, device=device).add(1).item()             # a kernel, and its answer
     except RuntimeError as error:                                   # torch has no class of its own for it
-        reason = str(error).strip().splitlines()[0][:200]
-        raise Refusal(f"the GPU does not work: {reason}; --device cpu does without") from error
+        raise Refusal(f"the GPU does not work: {first_line(error)}; --device cpu does without") from error
 
 
 # ---- Processes -------------------------------------------------------------------------------------------
@@ -198,7 +197,9 @@ def launch(main, args, prepare):
         if "://" in args.out:
             raise Refusal(f"--out {args.out}: only a folder of this machine's file system can be written to")
         prepared = prepare(args)
-        created = make_folder(args.out)
+        with touching(f"--out {args.out}"):
+            created = not os.path.exists(args.out)
+            os.makedirs(args.out, exist_ok=True)
         variables = launcher_variables()
         if variables or args.nprocs == 1:
             run(variables.get("RANK", 0), "env://", main, args, prepared)
@@ -217,22 +218,18 @@ def launch(main, args, prepare):
 def prepare_process():
     """File names of any bytes can be printed, and loader workers' sockets have short names."""
     sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with touching("TMPDIR"):
         # Workers hand tensors over through sockets in TMPDIR/pymp-XXXXXXXX, of 108 bytes at most (Mac: 104).
         if len(os.fsencode(tempfile.gettempdir())) > 70:
             tempfile.tempdir = "/tmp"
-        with tempfile.TemporaryFile():
-            pass
-    except OSError as error:
-        raise Refusal(f"TMPDIR: {error}; give a folder that can be written to, of a short name") from error
 
 
 def start_processes(count, main, args, prepared):
-    """`run` in `count` new processes, to which signals are handed on. Ends as they end."""
+    """`run` in `count` new processes, to which signals are handed on. Ends as the first that fails."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)    # it logs each SIGTERM
     with tempfile.TemporaryDirectory() as folder:
         job = (f"file://{folder}/rendezvous", main, args, prepared)
-        multiprocessing.resource_tracker.ensure_running()           # else its start unblocks them again
+        multiprocessing.resource_tracker.ensure_running()           # its start would unblock the signals
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)           # they wait until `run` can answer them
         context = mp.start_processes(run, job, count, join=False, start_method="spawn")
 
@@ -244,36 +241,13 @@ def start_processes(count, main, args, prepared):
         for number in answered():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        codes = wait_for(context.processes)
-        if not any(codes):
-            return
-        with contextlib.suppress(mp.ProcessExitedException, mp.ProcessRaisedException):
-            while not context.join(grace_period=10):                # ends the others, too
+        try:
+            while not context.join(grace_period=10):                # at a failure it ends the others, too
                 pass
-        killed = [-code for code in codes if code and code < 0]
-        if killed:
-            raise Refusal(f"a process was ended by {signal.Signals(killed[0]).name}{go_on(args.out)}")
-        explain(context)
-
-
-def wait_for(processes):
-    """The exit codes, None while a process runs, as soon as one has failed or all have ended."""
-    codes = [None] * len(processes)
-    while None in codes and not any(codes):
-        running = [process.sentinel for process, code in zip(processes, codes) if code is None]
-        multiprocessing.connection.wait(running)
-        codes = [process.exitcode for process in processes]
-    return codes
-
-
-def explain(context):
-    """Ends as the process that failed first did. The others may have failed for want of it."""
-    traces = [path for path in context.error_files if os.path.exists(path)]
-    for process, path in zip(context.processes, context.error_files):
-        if process.exitcode > 0 and path not in traces:
-            sys.exit(process.exitcode)                              # that process has said why
-    with open(min(traces, key=os.path.getmtime), "rb") as f:
-        raise RuntimeError(f"a process has ended with this error:\n\n{pickle.load(f)}")
+        except mp.ProcessExitedException as error:
+            if error.signal_name:
+                raise Refusal(f"a process was ended by {error.signal_name}{go_on(args.out)}") from None
+            sys.exit(error.exit_code)                               # that process has said why
 
 
 def run(rank, rendezvous, main, args, prepared):
@@ -312,6 +286,10 @@ def run(rank, rendezvous, main, args, prepared):
     except (MemoryError, RuntimeError) as error:                    # torch has no class for the CPU's memory
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):
+            if dist.is_initialized():       # the cause may be another process's end: it is heard of first,
+                for number in before:       # and its launcher may end this one without a traceback
+                    signal.signal(number, stop)
+                time.sleep(1)
             raise
         end(f"out of memory: take a smaller group, batch, queue or image size ({last_line(error)[:90]})")
     finally:
@@ -373,35 +351,31 @@ def load(dataset, batch_sampler, workers, collate=None, pin_memory=False, data_e
         context = "fork" if sys.platform == "linux" else "spawn"
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batch_sampler, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=functools.partial(start_worker, os.getpid()), multiprocessing_context=context))
+        worker_init_fn=start_worker, multiprocessing_context=context))
     if workers:                             # torch's handler raises at whatever line runs when a worker dies
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
-        try:
-            batch = next(loader)
-        except StopIteration:
-            return
-        except (Refusal, *data_errors) as error:
-            raise Refusal(last_line(error)) from error
-        except (OSError, EOFError, RuntimeError) as error:
-            if not workers or "in DataLoader worker process" in str(error):     # torch's words for the code's
-                raise
-            end_workers()
-            with contextlib.suppress(OSError):      # Python removes it in the end, or complains
-                os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
-            raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or "
-                          "/dev/shm is short, take fewer --workers or 0, or docker's --shm-size; the folder "
-                          "TMPDIR must last as long as the run") from error
-        yield batch
+    try:
+        yield from loader
+    except (Refusal, *data_errors) as error:
+        raise Refusal(last_line(error)) from error
+    except (OSError, EOFError, RuntimeError) as error:
+        if not workers or "in DataLoader worker process" in str(error):     # torch's words for a bug in one
+            raise
+        end_workers()
+        with contextlib.suppress(OSError):          # Python removes it in the end, or complains
+            os.makedirs(multiprocessing.util.get_temp_dir(), exist_ok=True)
+        raise Refusal("a DataLoader worker was killed, or cannot hand over its data: if memory or /dev/shm "
+                      "is short, take fewer --workers or 0, or docker's --shm-size; the folder TMPDIR must "
+                      "last as long as the run") from error
 
 
-def start_worker(parent, _):
+def start_worker(_):
     """The worker_init_fn: a worker leaves requests to stop to its parent, and ends with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):                       # elsewhere torch looks every five seconds
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != multiprocessing.parent_process().pid:        # it had ended before
         os._exit(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
 
@@ -414,14 +388,6 @@ def end_worker(error, _):
 
 
 # ---- Run directory ---------------------------------------------------------------------------------------
-
-def make_folder(out):
-    """Whether --out had to be made."""
-    existed = os.path.exists(out)
-    with touching(f"--out {out}"):
-        os.makedirs(out, exist_ok=True)
-    return not existed
-
 
 def remove_unused(out):
     """Removes a run directory into which nothing has been written but its lock."""
@@ -480,7 +446,7 @@ def checked(value):
     if isinstance(value, dict):
         return {name: checked(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [checked(part) for part in value]
+        return list(map(checked, value))
     if isinstance(value, torch.Tensor):
         value = value.cpu()
         if not value.isfinite().all():
@@ -498,9 +464,11 @@ def save_checkpoint(out, state):
 
 def read_checkpoint(out):
     """The newest checkpoint in `out` that can be read, on the CPU; None if there is none. Runs no code."""
-    paths = [os.path.join(out, name) for name in ("checkpoint.pth", "checkpoint_prev.pth")]
-    paths = [path for path in paths if os.path.exists(path)]
-    for path in paths:
+    damaged = False
+    for name in ("checkpoint.pth", "checkpoint_prev.pth"):
+        path = os.path.join(out, name)
+        if not os.path.exists(path):
+            continue
         try:
             with zipfile.ZipFile(path) as archive:                  # torch.load compares no check sums
                 if archive.testzip():
@@ -510,22 +478,19 @@ def read_checkpoint(out):
             return state
         except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             say(f"{path} cannot be read: {last_line(error)[:80]}")
-    if paths:
+            damaged = True
+    if damaged:
         raise Refusal(f"no readable checkpoint in {out}; another --out starts afresh")
     say(f"no checkpoint in {out} yet: starting at step 0")
 
 
-def resume(args, settings, free, hints=()):
-    """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ.
-
-    hints: {name of a setting: what to do where it differs}.
-    """
+def resume(args, settings, free, advice="another --out starts afresh"):
+    """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ."""
     state = read_checkpoint(args.out) if args.resume else None
     if state and "settings" not in state:
         leave(f"{args.out}/checkpoint.pth is no checkpoint of {os.path.basename(sys.argv[0])}")
     if state and (differ := differences(state["settings"], settings, free)):
-        advice = [hints[name] for name in hints if state["settings"].get(name) != settings.get(name)]
-        leave("; ".join([f"cannot resume {args.out} with other settings: {differ}", *advice]))
+        leave(f"cannot resume {args.out} with other settings: {differ}; {advice}")
     return state
 
 
@@ -536,9 +501,11 @@ def digest(strings):
 
 def differences(then, now, free):
     """'lr was 0.02, is 0.1': where two dicts of settings differ, but for names in `free`; '' if nowhere."""
-    names = sorted((then.keys() | now.keys()) - free)
-    changed = [name for name in names if then.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
+    found = []
+    for name in sorted((then.keys() | now.keys()) - free):
+        if then.get(name) != now.get(name):
+            found.append(f"{name} was {then.get(name)}, is {now.get(name)}")
+    return "; ".join(found)
 
 
 def check_ranks(settings):
@@ -569,18 +536,21 @@ def find_images(folder):
     def refuse(error):
         raise Refusal(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
 
-    found, seen, others = [], set(), collections.Counter()
-    for where, subfolders, files in os.walk(os.fsencode(folder), onerror=refuse, followlinks=True):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen or os.fsencode(LOCK) in files:
+    found = []
+    seen = set()
+    others = collections.Counter()
+    root = os.fsencode(folder)
+    for where, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen or os.fsencode(LOCK) in files:
             subfolders.clear()                                      # a link that leads back up, a run of ours
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         subfolders[:] = [name for name in subfolders if not name.startswith(b".")]
         for name in files:
             ending = os.path.splitext(name)[1].lower()
             if ending in ENDINGS and not name.startswith(b"."):
-                found.append(os.path.relpath(os.path.join(where, name), os.fsencode(folder)))
+                found.append(os.path.relpath(os.path.join(where, name), root))
             else:
                 others[os.fsdecode(ending)] += 1
     if others:
@@ -607,7 +577,8 @@ def start_probe(args, nets, images, progress=None):
 def find_splits(args):
     """DATA -> the paths of the images of train, of val, at any depth; a digest of their names."""
     check_new(args, ("checkpoint.pth", "checkpoint_prev.pth", "results.json"))
-    paths, all_names = [], []
+    paths = []
+    all_names = []
     for split in ("train", "val"):
         folder = os.path.join(args.data, split)
         names = find_images(folder)
