@@ -306,7 +306,7 @@ def read_voc(folder, split, classes, said):
                     raise ValueError(f"name is {label!r}, none of --classes {','.join(classes)}")
                 x1, y1, x2, y2 = [number(thing.findtext(f"bndbox/{key}"), key)
                                   for key in ("xmin", "ymin", "xmax", "ymax")]
-                entries.append({"id": len(entries) + 1, "image_id": len(images),
+                entries.append({"id": len(entries) + 1, "image_id": len(images), "iscrowd": 0,
                                 "category_id": classes.index(label) + 1,
                                 "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],     # both ends included
                                 "difficult": number(thing.findtext("difficult") or 0, "difficult")})

@@ -753,6 +753,6 @@ def test_minicoco_is_a_tenth_by_a_fixed_seed(world, tmp_path):
     assert data.minicoco == sorted(first) and data.images == 2 and notes == []
     assert [item["image_id"] for item in DatasetCatalog.get("coco_train")] == data.minicoco
     big = np.random.Generator(np.random.PCG64(0)).permutation(np.arange(118287))[:118287 // 10]
-    assert len(big) == 11828 == ft.PROTOCOLS["minicoco-c4"][5]
+    assert len(big) == 11828 == ft.PROTOCOLS["minicoco-c4"].images
 
 
