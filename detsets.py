@@ -195,14 +195,15 @@ def mend_polygons(mask, box):
     """The polygons of a box x y w h, each x1 y1 x2 y2 ..., or None; what is said of them, or None."""
     polygons, fault = [], None
     for polygon in mask or ():
-        points = np.ravel(np.asarray(polygon, dtype=float))         # of strings, or of points in pairs, too
+        points = np.ravel(np.asarray(polygon, dtype=float)).tolist()        # of strings, or of pairs, too
         if len(points) == 4:
-            points = points[[0, 1, 2, 1, 2, 3, 0, 3]]
+            x1, y1, x2, y2 = points
+            points = [x1, y1, x2, y1, x2, y2, x1, y2]
             fault = "boxes have a polygon of two corners: taken as a rectangle"
         if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
             fault = "boxes have a polygon that is none, of fewer than three corners: left out"
         else:
-            polygons.append(points.tolist())
+            polygons.append(polygon if polygon == points else points)       # those of COCO fill 2 GB once
     if not polygons:
         return None, fault
     points = np.concatenate(polygons).reshape(-1, 2)
@@ -335,9 +336,11 @@ def write_voc(content, folder, said):
     xmls, lists = Path(folder, "Annotations"), Path(folder, "ImageSets", "Main")
     xmls.mkdir(parents=True, exist_ok=True)
     lists.mkdir(parents=True, exist_ok=True)
+    listed = ""
     for image in content["images"]:
+        listed += f"{image['id']}\n"
         (xmls / f"{image['id']}.xml").write_text(f"<annotation>{things[image['id']]}</annotation>")
-    (lists / "val.txt").write_text("".join(f"{image['id']}\n" for image in content["images"]))
+    (lists / "val.txt").write_text(listed)
 
 
 def find_sets(args):
@@ -346,12 +349,13 @@ def find_sets(args):
         return [("coco_train", args.train_images, args.train_json),
                 ("coco_val", args.val_images, args.val_json)]
     if args.protocol == "voc-c4":
-        sets = [("voc2007_trainval", f"{args.data}/VOC2007", "trainval"),
-                ("voc2012_trainval", f"{args.data}/VOC2012", "trainval"),
-                ("voc2007_test", f"{args.data}/VOC2007", "test")]
-        return [one for one in sets if "2007" in one[0] or os.path.exists(one[1])]    # one's own has no 2012
-    return [(f"coco_{split}", f"{args.data}/coco/{split}2017",
-             f"{args.data}/coco/annotations/instances_{split}2017.json") for split in ("train", "val")]
+        sets = [("voc2007_trainval", f"{args.data}/VOC2007", "trainval")]
+        if os.path.exists(f"{args.data}/VOC2012"):                  # one's own has none
+            sets.append(("voc2012_trainval", f"{args.data}/VOC2012", "trainval"))
+        return [*sets, ("voc2007_test", f"{args.data}/VOC2007", "test")]
+    coco = f"{args.data}/coco"
+    return [("coco_train", f"{coco}/train2017", f"{coco}/annotations/instances_train2017.json"),
+            ("coco_val", f"{coco}/val2017", f"{coco}/annotations/instances_val2017.json")]
 
 
 def register(name, folder, labels, classes):

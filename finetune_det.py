@@ -24,7 +24,6 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,18 +56,8 @@ ZOO = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs")
 VOC_C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4.yaml"             # detectron2's own configurations
 COCO_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
 COCO_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-
-
-class Protocol(NamedTuple):
-    arch: str               # of the detector, "c4" or "fpn"
-    base: str               # what it starts from, of ZOO
-    iterations: int         # of 16 images
-    steps: tuple            # the iterations at which the rate falls
-    warmup: int             # iterations
-    images: int             # of the training set
-    tables: tuple           # of the paper
-
-
+# iterations: of 16 images; steps: where the rate falls; images: of the training set; tables: of the paper.
+Protocol = collections.namedtuple("Protocol", "arch base iterations steps warmup images tables")
 PROTOCOLS = {
     "voc-c4": Protocol("c4", VOC_C4, 24000, (18000, 22000), 100, 16551, ("1",)),                # Sec. 5.1.1
     "coco-c4-1x": Protocol("c4", COCO_C4, 90000, (60000, 80000), 1000, 118287, ("4a", "3a")),   # Sec. 5.1.2
@@ -121,8 +110,6 @@ def get_args(argv=None):
     given = dict(zip(args.opts[::2], args.opts[1::2]))
     if args.trials < 1:
         parser.error("--trials must be at least 1")
-    if len({name.replace("/", "_") for name in args.classes}) < len(args.classes):
-        parser.error("--classes names a class twice")
     if RESERVED & given.keys():
         parser.error(f"{min(RESERVED & given.keys())} is set by an argument of this program, see --help")
     args.device = given.get("MODEL.DEVICE", args.device)
