@@ -77,7 +77,7 @@ def by_id(content, part):
     """{id: entry} of the images or categories of a json. ValueError if detectron2 could not sort the ids."""
     found = {}
     for i, entry in enumerate(content[part]):
-        with reading(f"{part}[{i}] {entry.get('file_name', '')}"):
+        with reading(f"{part}[{i}] {entry.get('file_name') or entry.get('name')}"):
             key = identity(entry["id"], "id")
             if key in found:
                 raise ValueError("another one has the same id: renumber")
@@ -243,7 +243,8 @@ def mend(content, folder, masks, tenth, said):
     listed = set(images)
     if tenth:                                       # the paper's list is not public
         order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images)).tolist()
-        images = {key: images[key] for key in order[:max(1, len(order) // 10)]}
+        for key in order[max(1, len(order) // 10):]:
+            del images[key]
     for key, image in images.items():
         with reading(os.path.join(folder, image["file_name"])):
             images[key] = mend_image(image, folder)
