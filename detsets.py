@@ -30,10 +30,6 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 
 import stage
 
-VOC_OBJECT = ("<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated>"
-              "<difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
-              "</bndbox></object>")
-
 
 @contextlib.contextmanager
 def reading(place, kinds=Exception):
@@ -59,12 +55,11 @@ detection_utils.read_image = read_image
 
 def number(value, key):
     """A number, which a label file may also write as a string. ValueError names the key."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:                                          # no bool
         return value
-    if isinstance(value, (float, str)):
-        with contextlib.suppress(ValueError):
-            if math.isfinite(float(value)):
-                return int(float(value)) if float(value).is_integer() else float(value)
+    with contextlib.suppress(ValueError):
+        if isinstance(value, (float, str)) and math.isfinite(float(value)):
+            return int(float(value)) if float(value).is_integer() else float(value)
     raise ValueError(f"{key} is {value!r}, which is no number")
 
 
@@ -76,6 +71,20 @@ def numbers(values, key):
 def identity(value, key):
     """An id: a number, or a string that is none. ValueError names the key."""
     return value if isinstance(value, str) and not value.isdecimal() else number(value, key)
+
+
+def by_id(content, part):
+    """{id: entry} of the images or categories of a json. ValueError if detectron2 could not sort the ids."""
+    found = {}
+    for i, entry in enumerate(content[part]):
+        with reading(f"{part}[{i}] {entry.get('file_name') or entry.get('name')}"):
+            key = identity(entry["id"], "id")
+            if key in found:
+                raise ValueError("another one has the same id: renumber")
+            found[key] = {**entry, "id": key}
+    if len(set(map(type, found))) > 1:
+        raise ValueError(f"some ids of {part} are numbers and some are words: renumber")
+    return found
 
 
 def mend_image(entry, folder):
@@ -95,12 +104,13 @@ def mend_image(entry, folder):
 
 
 def mend_annotation(entry, categories):
-    """An annotation with numbers where numbers belong. ValueError and KeyError name the key."""
+    """An annotation with numbers where numbers belong; area 0 if it has none. ValueError names the key."""
     crowd = entry.get("iscrowd") or entry.get("ignore") or 0
     mended = {**entry,
               "image_id": identity(entry["image_id"], "image_id"),
               "category_id": identity(entry["category_id"], "category_id"),
               "bbox": numbers(entry["bbox"] or (), "bbox"),
+              "area": number(entry.get("area") or 0, "area"),
               "iscrowd": 1 if crowd is True else number(crowd, "iscrowd")}
     for key in ("keypoints", "ignore"):                             # not used; detectron2 stumbles on them
         mended.pop(key, None)
@@ -123,38 +133,35 @@ def mend_boxes(entries, images, said):
     if boxes.max() <= 1:
         raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
                          "file; COCO's is x, y, width, height in pixels")
-    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    as_corners = (low >= 0) & (boxes[:, 2:] > low) & (boxes[:, 2:] <= sizes + 0.5)
-    corners = as_corners.all() and (high > 1.05 * sizes).any()      # some by far do not fit as x y w h
+    low, high = np.hsplit(boxes, 2)
+    fit_as_corners = (low >= 0) & (high > low) & (high <= sizes + 0.5)      # half a pixel is rounding
+    corners = fit_as_corners.all() and (low + high > 1.05 * sizes).any()    # as x y w h some are far outside
+    if not corners:
+        high = low + high
+    leaves = ((low < -0.5) | (high > sizes + 0.5)).any(axis=1)
+    low, high = np.clip(low, 0, sizes), np.clip(high, 0, sizes)
+    mended = np.hstack([low, high - low]).tolist()
+    for entry, box, has_left in zip(entries, mended, leaves):
+        if corners or has_left:
+            entry["bbox"] = box
+        entry["area"] = entry["area"] or entry["bbox"][2] * entry["bbox"][3]
+    empty = (high <= low).any(axis=1)
+    said["boxes have no area in their picture: nothing trains on them or finds them"] += names[empty].tolist()
+    said["boxes leave their picture: cut at its border"] += names[leaves].tolist()
     if corners:
-        high = boxes[:, 2:]
-    leaves = ((low < -0.5) | (high > sizes + 0.5)).any(axis=1)      # half a pixel is rounding
-    cut_low, cut_high = np.clip(low, 0, sizes), np.clip(high, 0, sizes)
-    empty = (cut_high <= cut_low).any(axis=1)
-    for i, entry in enumerate(entries):
-        if corners or leaves[i]:
-            entry["bbox"] = [*cut_low[i].tolist(), *(cut_high[i] - cut_low[i]).tolist()]
-        try:
-            entry["area"] = number(entry.get("area"), "area")
-        except ValueError:
-            entry["area"] = entry["bbox"][2] * entry["bbox"][3]
-    for fault, where in (
-            ("boxes have no area in their picture: nothing trains on them or finds them", empty),
-            ("boxes have a bbox of corners x1 y1 x2 y2, or some would leave their picture: taken so",
-             ~empty & corners),
-            ("boxes leave their picture: cut at its border", ~empty & leaves)):
-        said[fault] += names[where].tolist()
+        fault = "boxes have a bbox of corners x1 y1 x2 y2, or some would leave their picture: taken so"
+        said[fault] += names.tolist()
 
 
 def mend_crowds(entries, images, said):
     """Takes crowds alone as things, in place; says where boxes are crowds."""
-    places = [images[entry["image_id"]]["file_name"] for entry in entries if entry["iscrowd"]]
+    crowds = [entry for entry in entries if entry["iscrowd"]]
     fault = "boxes are crowds (iscrowd 1): nothing trains on them or counts them"
-    if len(places) == len(entries):                 # CVAT and datumaro write it beside every run-length mask
+    if len(crowds) == len(entries):                 # CVAT and datumaro write it beside every run-length mask
         fault = "boxes are crowds (iscrowd 1) like all of this file: taken as things"
-        for entry in entries:
-            entry["iscrowd"] = 0
-    said[fault] += places
+    for entry in crowds:
+        entry["iscrowd"] = int(len(crowds) < len(entries))
+        said[fault].append(images[entry["image_id"]]["file_name"])
 
 
 def run_lengths(text):
@@ -186,46 +193,41 @@ def mend_run_length(mask, image):
 
 def mend_polygons(mask, box):
     """The polygons of a box x y w h, each x1 y1 x2 y2 ..., or None; what is said of them, or None."""
-    said, polygons = None, []
-    if mask and (not isinstance(mask[0], list) or len(mask[0]) == 2):
-        mask = [mask]                                               # one polygon, or its points in pairs
+    polygons, fault = [], None
     for polygon in mask or ():
-        points = np.asarray(polygon, dtype=float).ravel().tolist()
+        points = np.ravel(np.asarray(polygon, dtype=float)).tolist()        # of strings, or of pairs, too
         if len(points) == 4:
             x1, y1, x2, y2 = points
             points = [x1, y1, x2, y1, x2, y2, x1, y2]
-            said = "boxes have a polygon of two corners: taken as a rectangle"
+            fault = "boxes have a polygon of two corners: taken as a rectangle"
         if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
-            said = "boxes have a polygon that is none, of fewer than three corners: left out"
+            fault = "boxes have a polygon that is none, of fewer than three corners: left out"
         else:
-            polygons.append(polygon if polygon == points else points)
+            polygons.append(polygon if polygon == points else points)       # those of COCO fill 2 GB once
     if not polygons:
-        return None, said
+        return None, fault
     points = np.concatenate(polygons).reshape(-1, 2)
     middle = (points.min(axis=0) + points.max(axis=0)) / 2 - box[:2]
     if (middle < -2).any() or (middle > np.add(box[2:], 2)).any():
         return None, "boxes have polygons that lie outside of the box"
-    return polygons, said
+    return polygons, fault
 
 
 def mend_masks(entries, images, said):
-    """Mends the masks of annotations in place. All are left out if one box has none that can be used."""
+    """Mends the masks of annotations in place. -> whether each box has one"""
     without = []
     for entry in entries:
         image, mask = images[entry["image_id"]], entry.get("segmentation")
-        x, y, w, h = entry["bbox"]
         with reading(f"{image['file_name']}: a box {entry['bbox']}, segmentation"):
             if isinstance(mask, dict):
                 mask, fault = mend_run_length(mask, image)
             else:
                 mask, fault = mend_polygons(mask, entry["bbox"])
+        entry["segmentation"] = mask
         if fault:
             said[fault].append(image["file_name"])
-        if mask is None and entry["iscrowd"]:
-            mask = [[x, y, x + w, y, x + w, y + h, x, y + h]]       # a region that does not count, about so
         if mask is None:
             without.append(image["file_name"])
-        entry["segmentation"] = mask
     said["boxes have no mask that can be used: masks are left out, boxes alone are trained"] += without
     return not without
 
@@ -235,49 +237,38 @@ def mend(content, folder, masks, tenth, said):
 
     masks: whether they are used. tenth: of the images, Mini-COCO. said: {what some boxes have: their places}.
     """
-    images, entries, categories = {}, [], {}
-    for entry in content["categories"]:
-        key = identity(entry["id"], "id of a category")
-        categories[key] = {**entry, "id": key, "name": str(entry["name"])}
-    for i, entry in enumerate(content["images"]):
-        with reading(f"images[{i}] {entry.get('file_name')}"):
-            key = identity(entry["id"], "id")
-            if key in images:
-                raise ValueError("another image has the same id: renumber")
-            images[key] = {**entry, "id": key}
-    for part, ids in (("images", images), ("categories", categories)):
-        if len(set(map(type, ids))) > 1:            # detectron2 sorts them
-            raise ValueError(f"some ids of {part} are numbers and some are words: renumber")
-    kept = set(images)
+    categories, images = by_id(content, "categories"), by_id(content, "images")
+    for category in categories.values():
+        category["name"] = str(category["name"])
+    listed = set(images)
     if tenth:                                       # the paper's list is not public
-        order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images))
-        kept = set(order[:max(1, len(images) // 10)].tolist())
-    for i, entry in enumerate(content["annotations"]):
-        with reading(f"annotations[{i}]"):
-            entry = mend_annotation(entry, categories)
-        if entry["image_id"] in kept:
-            entries.append(entry)
-        elif entry["image_id"] not in images:
-            said["boxes have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
-    for key in images.keys() - kept:
-        del images[key]
+        order = np.random.Generator(np.random.PCG64(0)).permutation(sorted(images)).tolist()
+        for key in order[max(1, len(order) // 10):]:
+            del images[key]
     for key, image in images.items():
         with reading(os.path.join(folder, image["file_name"])):
             images[key] = mend_image(image, folder)
+    entries = []
+    for i, entry in enumerate(content["annotations"]):
+        with reading(f"annotations[{i}]"):
+            entry = mend_annotation(entry, categories)
+        if entry["image_id"] in images:
+            entries.append(entry)
+        elif entry["image_id"] not in listed:
+            said["boxes have an image_id that this file does not list: left out"].append(f"annotations[{i}]")
     if not entries:
         raise ValueError(f"it has no box in its images, {len(content['annotations'])} elsewhere")
     mend_boxes(entries, images, said)
     mend_crowds(entries, images, said)
-    masks = masks and mend_masks(entries, images, said)
-    ids = {entry.get("id") for entry in entries}
-    renumber = len(ids) < len(entries) or not all(type(key) is int and key > 0 for key in ids)
-    for i, entry in enumerate(entries, start=1):
-        if renumber:
-            entry["id"] = i                         # COCO's evaluation takes 0 for unmatched
-        if not masks:
+    if not masks or not mend_masks(entries, images, said):
+        for entry in entries:
             entry.pop("segmentation", None)
-    return {**content, "images": [*images.values()], "annotations": entries,
-            "categories": [*categories.values()]}
+    ids = {entry.get("id") for entry in entries}
+    if len(ids) < len(entries) or not all(type(key) is int and key > 0 for key in ids):
+        for i, entry in enumerate(entries, start=1):
+            entry["id"] = i                         # COCO's evaluation takes 0 for unmatched
+    return {**content, "images": list(images.values()), "annotations": entries,
+            "categories": list(categories.values())}
 
 
 def match_classes(content, training):
@@ -339,15 +330,18 @@ def write_voc(content, folder, said):
             said["boxes have corners that are no whole numbers: rounded for the evaluation"].append(
                 content["images"][entry["image_id"] - 1]["file_name"])
         entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-        things[entry["image_id"]] += VOC_OBJECT.format(names[entry["category_id"]], entry["difficult"],
-                                                       x1 + 1, y1 + 1, x2, y2)
-    for part in ("Annotations", "ImageSets/Main"):
-        os.makedirs(f"{folder}/{part}", exist_ok=True)
-    with open(f"{folder}/ImageSets/Main/val.txt", "w") as split:
-        for image in content["images"]:
-            split.write(f"{image['id']}\n")
-            text = f"<annotation>{things[image['id']]}</annotation>"
-            Path(folder, "Annotations", f"{image['id']}.xml").write_text(text)
+        things[entry["image_id"]] += (
+            f"<object><name>{names[entry['category_id']]}</name><pose>Unspecified</pose><truncated>0</truncated>"
+            f"<difficult>{entry['difficult']}</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>"
+            f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>")
+    xmls, lists = Path(folder, "Annotations"), Path(folder, "ImageSets", "Main")
+    xmls.mkdir(parents=True, exist_ok=True)
+    lists.mkdir(parents=True, exist_ok=True)
+    listed = ""
+    for image in content["images"]:
+        listed += f"{image['id']}\n"
+        (xmls / f"{image['id']}.xml").write_text(f"<annotation>{things[image['id']]}</annotation>")
+    (lists / "val.txt").write_text(listed)
 
 
 def find_sets(args):
@@ -356,35 +350,35 @@ def find_sets(args):
         return [("coco_train", args.train_images, args.train_json),
                 ("coco_val", args.val_images, args.val_json)]
     if args.protocol == "voc-c4":
-        sets = [("voc2007_trainval", f"{args.data}/VOC2007", "trainval"),
-                ("voc2012_trainval", f"{args.data}/VOC2012", "trainval"),
-                ("voc2007_test", f"{args.data}/VOC2007", "test")]
-        return [one for one in sets if "2007" in one[0] or os.path.exists(one[1])]    # one's own has no 2012
-    coco = args.data if os.path.exists(f"{args.data}/annotations") else f"{args.data}/coco"
-    return [(f"coco_{split}", f"{coco}/{split}2017", f"{coco}/annotations/instances_{split}2017.json")
-            for split in ("train", "val")]
+        sets = [("voc2007_trainval", f"{args.data}/VOC2007", "trainval")]
+        if os.path.exists(f"{args.data}/VOC2012"):                  # one's own has none
+            sets.append(("voc2012_trainval", f"{args.data}/VOC2012", "trainval"))
+        return [*sets, ("voc2007_test", f"{args.data}/VOC2007", "test")]
+    coco = f"{args.data}/coco"
+    return [("coco_train", f"{coco}/train2017", f"{coco}/annotations/instances_train2017.json"),
+            ("coco_val", f"{coco}/val2017", f"{coco}/annotations/instances_val2017.json")]
 
 
 def register(name, folder, labels, classes):
     """A set under detectron2's name. Each process reads it by itself, when it needs it."""
-    datasets.register_coco_instances(name, {}, labels, folder)
-    MetadataCatalog.get(name).set(thing_classes=classes)
+    metadata = {"thing_classes": classes}
     if name == "voc2007_test":                                      # where write_voc wrote
-        MetadataCatalog.get(name).set(dirname=labels.removesuffix(".json"), split="val", year=2007)
+        metadata.update(dirname=labels.removesuffix(".json"), split="val", year=2007)
+    datasets.register_coco_instances(name, metadata, labels, folder)
 
 
 def load_set(args, name, folder, labels, training, said):
-    """Reads and mends a set, whose classes are those of `training`, if given, and registers it.
+    """Reads and mends a set, whose classes are those of `training`, if given.
 
     -> its content, the folder of its pictures, the json that detectron2 reads: the given one, where nothing
     had to change, as in COCO itself, or a copy in --out.
     """
     copy = f"{args.out}/{name}.json"
-    tenth = args.protocol == "minicoco-c4" and name == "coco_train"
     if name.startswith("voc"):
         folder, before = f"{folder}/JPEGImages", read_voc(folder, labels, args.classes, said)
     else:
         before = json.loads(Path(labels).read_bytes())
+    tenth = args.protocol == "minicoco-c4" and name == "coco_train"
     content = mend(before, folder, args.protocol != "voc-c4", tenth, said)
     match_classes(content, training or content["categories"])
     if name == "voc2007_test":
@@ -419,14 +413,14 @@ def load_data(args):
         data.classes = [entry["name"] for entry in sorted(categories, key=lambda entry: entry["id"])]
         register(name, folder, labels, data.classes)
         data.sets.append((name, folder, labels))
-        data.digests.append(stage.digest(repr(entry).encode() for entry in [*images, *boxes]))
+        data.digests.append(stage.digest(map(str.encode, map(repr, [*images, *boxes]))))
         data.masks &= "segmentation" in boxes[0]
         if name.endswith(("train", "trainval")):
             data.images += len(images)
             for box in boxes:
                 data.run_length |= isinstance(box.get("segmentation"), dict) and not box["iscrowd"]
-        if args.protocol == "minicoco-c4" and name == "coco_train":
-            data.minicoco = sorted(image["id"] for image in images)
+            if args.protocol == "minicoco-c4":
+                data.minicoco = sorted(image["id"] for image in images)
     return data
 
 

@@ -56,15 +56,15 @@ ZOO = os.path.join(os.path.dirname(detectron2.__file__), "model_zoo", "configs")
 VOC_C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4.yaml"             # detectron2's own configurations
 COCO_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
 COCO_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-# Protocol: detector, what it starts from, iterations of 16 images, where the rate falls, warm-up, training
-# images, tables of the paper.
+# iterations: of 16 images; steps: where the rate falls; images: of the training set; tables: of the paper.
+Protocol = collections.namedtuple("Protocol", "arch base iterations steps warmup images tables")
 PROTOCOLS = {
-    "voc-c4": ("c4", VOC_C4, 24000, (18000, 22000), 100, 16551, ("1",)),                    # Sec. 5.1.1
-    "coco-c4-1x": ("c4", COCO_C4, 90000, (60000, 80000), 1000, 118287, ("4a", "3a")),       # Sec. 5.1.2
-    "coco-c4-2x": ("c4", COCO_C4, 180000, (120000, 160000), 1000, 118287, ("2a", "4b")),
-    "coco-fpn-1x": ("fpn", COCO_FPN, 90000, (60000, 80000), 1000, 118287, ("4c", "3b")),
-    "coco-fpn-2x": ("fpn", COCO_FPN, 180000, (120000, 160000), 1000, 118287, ("2b", "4d")),
-    "minicoco-c4": ("c4", COCO_C4, 9000, (6000, 8000), 1000, 11828, ("5",)),    # Sec. 5.3 [ours: 1x / 10]
+    "voc-c4": Protocol("c4", VOC_C4, 24000, (18000, 22000), 100, 16551, ("1",)),                # Sec. 5.1.1
+    "coco-c4-1x": Protocol("c4", COCO_C4, 90000, (60000, 80000), 1000, 118287, ("4a", "3a")),   # Sec. 5.1.2
+    "coco-c4-2x": Protocol("c4", COCO_C4, 180000, (120000, 160000), 1000, 118287, ("2a", "4b")),
+    "coco-fpn-1x": Protocol("fpn", COCO_FPN, 90000, (60000, 80000), 1000, 118287, ("4c", "3b")),
+    "coco-fpn-2x": Protocol("fpn", COCO_FPN, 180000, (120000, 160000), 1000, 118287, ("2b", "4d")),
+    "minicoco-c4": Protocol("c4", COCO_C4, 9000, (6000, 8000), 1000, 11828, ("5",)),    # Sec. 5.3 [ours]
 }
 # What no pre-training has: RPN 6 tensors, predictor 4, extra norm 5, mask head 4 (C4) or 28 (FPN).
 NEW_PARTS = ("proposal_generator.rpn_head.", "roi_heads.box_predictor.", "roi_heads.mask_head.",
@@ -75,7 +75,7 @@ FREE = {"MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "T
 RESERVED = {"SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"}
 BEGUN = "trial0/last_checkpoint"                     # in an --out that holds a run
 # Keys that follow from the labels.
-OF_LABELS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.MASK_ON", "INPUT.MASK_FORMAT")
+OF_LABELS = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.MASK_ON", "INPUT.MASK_FORMAT"}
 # Of MODEL's keys these may differ where a detector is only evaluated: how it is trained, where, SyncBN or BN.
 NOT_EVALUATED = re.compile("DEVICE|NORM$|_TEST$|_TRAIN$|FREEZE_AT|BATCH_SIZE|FRACTION|LOSS")
 
@@ -110,8 +110,6 @@ def get_args(argv=None):
     given = dict(zip(args.opts[::2], args.opts[1::2]))
     if args.trials < 1:
         parser.error("--trials must be at least 1")
-    if len({name.replace("/", "_") for name in args.classes}) < len(args.classes):
-        parser.error("--classes names a class twice")
     if RESERVED & given.keys():
         parser.error(f"{min(RESERVED & given.keys())} is set by an argument of this program, see --help")
     args.device = given.get("MODEL.DEVICE", args.device)
@@ -190,7 +188,7 @@ def building():
         yield
     except (AssertionError, KeyError, ValueError) as error:
         place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not {"detectron2", "fvcore"} & set(place.parts):
+        if not {"detectron2", "fvcore", "yacs"} & set(place.parts):
             raise
         raise stage.Refusal(f"KEY VALUE: {stage.last_line(error)}") from error
 
@@ -218,16 +216,18 @@ def flat(cfg, prefix=""):
     """{'SOLVER.MAX_ITER': 90000, ...} of a nested configuration."""
     result = {}
     for key, value in cfg.items():
-        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[prefix + key] = value
     return result
 
 
 def protocol_config(protocol, weights, device, depth):
-    """A protocol in detectron2's terms, for 8 GPUs, as it stands without any label or override."""
-    arch, base, iterations, steps, warmup, *_ = PROTOCOLS[protocol]
+    """A Protocol in detectron2's terms, for 8 GPUs, as it stands without any label or override."""
     norm = "BN" if device == "cpu" else "SyncBN"
     cfg = get_cfg()
-    cfg.merge_from_file(os.path.join(ZOO, base))
+    cfg.merge_from_file(os.path.join(ZOO, protocol.base))
 
     # Common to all [MoCo v2 and released code]
     cfg.MODEL.DEVICE = device
@@ -241,10 +241,10 @@ def protocol_config(protocol, weights, device, depth):
     cfg.MODEL.PIXEL_STD = np.round(255 * np.array(weights.pixel_std), 3).tolist()
     cfg.INPUT.FORMAT = weights.channel_order
     cfg.TEST.PRECISE_BN.ENABLED = True
-    cfg.SOLVER.MAX_ITER = iterations
-    cfg.SOLVER.STEPS = steps
-    cfg.SOLVER.WARMUP_ITERS = warmup
-    if arch == "c4":                                            # [MoCo v2]
+    cfg.SOLVER.MAX_ITER = protocol.iterations
+    cfg.SOLVER.STEPS = protocol.steps
+    cfg.SOLVER.WARMUP_ITERS = protocol.warmup
+    if protocol.arch == "c4":                                            # [MoCo v2]
         cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeadsExtraNorm"
     else:                                                       # [released code]
         cfg.MODEL.FPN.NORM = cfg.MODEL.ROI_BOX_HEAD.NORM = cfg.MODEL.ROI_MASK_HEAD.NORM = norm
@@ -260,27 +260,24 @@ def protocol_config(protocol, weights, device, depth):
 
 def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
     """The protocol for these labels, processes and overrides. -> it, lines: what differs"""
-    iterations, steps, warmup = PROTOCOLS[protocol][2:5]
-    given = set(opts[::2])
+    terms = PROTOCOLS[protocol]
     wanted = get_cfg()
-    with reading("KEY VALUE", (AssertionError, KeyError, ValueError)):
+    with building():
         wanted.merge_from_list(list(opts))
-    depth = int(re.sub(r"\D", "", weights.resnet))
-    if "MODEL.RESNETS.DEPTH" in given:
-        depth = wanted.MODEL.RESNETS.DEPTH
-    cfg = protocol_config(protocol, weights, device, depth)
+    given = {key: value for key, value in flat(wanted).items() if key in opts[::2]}
+    depth = given.get("MODEL.RESNETS.DEPTH", int(re.sub(r"\D", "", weights.resnet)))
+    cfg = protocol_config(terms, weights, device, depth)
     stated = flat(cfg)
 
-    # Two images a GPU, as MoCo's. For another batch detectron2's linear rule, counted in images.
-    batch = wanted.SOLVER.IMS_PER_BATCH if "SOLVER.IMS_PER_BATCH" in given else 2 * world
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 16
-    cfg = Trainer.auto_scale_workers(cfg, batch)
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0                         # Trainer would scale it once more
-    cfg.SOLVER.CHECKPOINT_PERIOD = stated["SOLVER.CHECKPOINT_PERIOD"]           # a kill must not cost more
-    total = wanted.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in given else cfg.SOLVER.MAX_ITER
-    falls = {min(round(step * total / iterations), total - 1) for step in steps} - {0}
+    # Two images a GPU, as MoCo's. For another batch than 16 detectron2's linear rule, counted in images.
+    cfg.SOLVER.IMS_PER_BATCH = given.get("SOLVER.IMS_PER_BATCH", 2 * world)
+    scale = cfg.SOLVER.IMS_PER_BATCH / 16
+    cfg.SOLVER.BASE_LR *= scale
+    total = given.get("SOLVER.MAX_ITER", round(terms.iterations / scale))
+    cfg.SOLVER.MAX_ITER = total
+    falls = {min(round(step * total / terms.iterations), total - 1) for step in terms.steps} - {0}
     cfg.SOLVER.STEPS = tuple(sorted(falls))                     # the scheduler takes none at the end
-    cfg.SOLVER.WARMUP_ITERS = round(warmup * total / iterations)
+    cfg.SOLVER.WARMUP_ITERS = round(terms.warmup * total / terms.iterations)
 
     if data:
         cfg.DATASETS.TRAIN = tuple(name for name, *_ in data.sets[:-1])
@@ -288,12 +285,11 @@ def build_config(protocol, weights, data=None, world=8, device="cuda", opts=()):
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
         cfg.MODEL.MASK_ON = data.masks
         cfg.INPUT.MASK_FORMAT = "bitmask" if data.run_length else "polygon"
-    by_labels = flat(cfg)
+        for key in given.keys() & OF_LABELS:
+            value = flat(cfg)[key]
+            if given[key] != value and str(given[key]) not in ("False", "bitmask"):
+                raise stage.Refusal(f"{key} {given[key]}, but the labels make it {value}: leave it out")
     cfg.merge_from_list(list(opts))
-    for key in OF_LABELS:
-        value = flat(cfg)[key]
-        if data and value != by_labels[key] and str(value) not in ("False", "bitmask"):
-            raise stage.Refusal(f"{key} {value}, but the labels make it {by_labels[key]}: leave it out")
     return cfg, differences(protocol, cfg, stated, given, data, world)
 
 
@@ -304,9 +300,9 @@ def differences(protocol, cfg, stated, given, data, world):
         if value != stated[key] and key not in FREE and not key.startswith("DATASETS."):
             why = "given" if key in given else "the labels" if key in OF_LABELS else "linear rule"
             notes.append(f"{key} {value}, protocol {stated[key]} ({why})")
-    images = data.images if data else PROTOCOLS[protocol][5]
-    if images != PROTOCOLS[protocol][5]:
-        notes.append(f"{images} training images, protocol {PROTOCOLS[protocol][5]}")
+    images = data.images if data else PROTOCOLS[protocol].images
+    if images != PROTOCOLS[protocol].images:
+        notes.append(f"{images} training images, protocol {PROTOCOLS[protocol].images}")
     epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
     if protocol == "minicoco-c4" and round(epochs, 1) != 12:
         notes.append(f"{cfg.SOLVER.MAX_ITER} iterations are {epochs:.1f} epochs, the paper says 12")
@@ -389,7 +385,7 @@ def paper_rows(protocol, classes):
     table = Path(__file__).with_name("docs") / "paper_tables.csv"
     try:
         for row in csv.DictReader(table.read_text().splitlines()):
-            if row["table"] in PROTOCOLS[protocol][-1] and row["arch"].startswith(("Mask", "Faster")):
+            if row["table"] in PROTOCOLS[protocol].tables and row["arch"].startswith(("Mask", "Faster")):
                 name = f"paper: {row['method']}" + (f", {row['epochs']} epochs" if row["epochs"] else "")
                 rows[name][row["metric"]] = f"{float(row['value']):.1f}"
     except (OSError, KeyError, ValueError) as error:
@@ -534,7 +530,7 @@ def main(rank, device, args):
 
     # ---- What is done: planned and checked on rank 0, which alone reads all labels ----
     stage.check_ranks(vars(args))
-    arch, weights, plan = PROTOCOLS[args.protocol][0], get_weights(args), None
+    arch, weights, plan = PROTOCOLS[args.protocol].arch, get_weights(args), None
     if rank == 0:
         data = load_data(args)
         paper = paper_rows(args.protocol, data.classes)             # read before anything is trained

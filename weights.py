@@ -33,16 +33,25 @@ SAYS = [(r"caffe(?!2)|msra|detectron2 model zoo|res2_0_branch2a_w", {"caffe"}), 
 TRIPLE = re.compile(r"(?<![^ .])(?:(?:pixel|image|img|rgb|new)_)?(mean|std)s? NUM NUM NUM(?![\d.]| \d)"
                     .replace("NUM", r"(\d+\.?\d*)"))                    # three numbers, and no fourth
 BESIDE = ("config.json", "preprocessor_config.json", "config.yaml")     # timm's, Hugging Face's, detectron2's
-FOREIGN = {             # how a file begins that is no file of PyTorch's: what it is, and what to do
+CONTAINERS = {          # who reads a file: how it begins
+    "safetensors": rb".{8}\{",
+    "torch": rb"PK|.{257}ustar|.{,20}"                                  # torch.save; of torch 0.1; before 1.6
+             + re.escape(torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")),
+    "pickle": rb"\x80"}                                                 # of protocol 2 or above
+FOREIGN = {             # how a file begins that nobody reads: what it is, and what to do
     b"<": "a web page: fetch the file itself",
     b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
     b"{": "JSON, perhaps an index of shards: give one file of all tensors",
     b"\x08": "a protocol buffer, as of ONNX or Caffe: convert it to PyTorch first",
     b"\x89HDF": "HDF5, as Keras writes it: convert it to PyTorch first"}
-NEEDS_TRUST = {         # what torch.load's error says where it would have to run code: what the file is
-    "Unsupported operand": "has pickle protocol 4 or 5",
-    "TorchScript": "is a TorchScript archive",
-    ".tar format": "is a tar file, as torch 0.1 wrote"}
+TRUST = "which may run code: --trust reads it"
+ANSWERS = {             # what a reader says where it fails, and what that means
+    r"GLOBAL (\S+)": rf"it asks for \1, {TRUST}",
+    "Unsupported operand": f"it has pickle protocol 4 or 5, {TRUST}",
+    "TorchScript": f"it is a TorchScript archive, {TRUST}",
+    r"\.tar format": f"it is a tar file, as torch 0.1 wrote, {TRUST}",
+    r"(?:named|from) '([^'.]+)": r"install \1, which it asks for (JAX's files must be converted)",
+    "(.*(?:get|has no) attribute .*)": r"save a state_dict() with the program that wrote it: \1"}
 IGNORED = ("argparse.Namespace numpy.dtype numpy.ndarray "              # of NumPy 1 and of NumPy 2
            "numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
            "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct")
@@ -130,32 +139,19 @@ def add_weights_arguments(parser):
 
 # ---- What a file holds -----------------------------------------------------------------------------------
 
-def container_of(path, head):
+def container_of(path):
     """Returns "safetensors", "torch" or "pickle": who reads the file. ValueError if nobody does."""
-    if head[8:9] == b"{":
-        return "safetensors"
-    is_old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in head[:30]           # before 1.6
-    if head.startswith(b"PK") or head[257:262] == b"ustar" or is_old:
-        return "torch"
+    with open(path, "rb") as file:
+        head = file.read(300)
+    for container, start in CONTAINERS.items():
+        if re.match(start, head, re.DOTALL):
+            return container
     for start, what in FOREIGN.items():
         if head.lstrip().startswith(start):
             raise ValueError(f"it is {what}")
-    if head.startswith(b"\x80") or path.endswith(".pkl"):
+    if path.endswith(".pkl"):                                           # of protocol 0 or 1
         return "pickle"
     raise ValueError(f"damaged, or no file of tensors: it begins with {head[:8]}")
-
-
-def load(path, container, trust):
-    """Returns what a file holds, on the CPU. Raises whatever its reader raises."""
-    if container == "safetensors":
-        return safetensors.torch.load_file(path)
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch.load compares no check sums
-        raise ValueError("a check sum is wrong")
-    ignored = [(Ignored, name) for name in IGNORED.split()]
-    with open(path, "rb") as file, torch.serialization.safe_globals(ignored):
-        if container == "pickle":
-            return pickle.load(file, encoding="latin1")
-        return torch.load(file, map_location="cpu", weights_only=not trust)
 
 
 def read_file(path, trust=False):
@@ -167,29 +163,26 @@ def read_file(path, trust=False):
         raise ValueError("it is from NumPy, JAX or TensorFlow: convert it to PyTorch first")
     if not os.path.isfile(path):                                        # a pipe or a device might never end
         raise ValueError("there is no such file; in a folder, checkpoint.pth is looked for")
-    with open(path, "rb") as file:
-        container = container_of(path, file.read(300))
+    container = container_of(path)
     if container == "pickle" and not trust:
-        raise ValueError("it is a pickle, which may run code: --trust reads it")
+        raise ValueError(f"it is a pickle, {TRUST}")
     try:
-        return load(path, container, trust)
-    except ImportError as error:
-        raise ValueError(f"install {error.name}, which it asks for (JAX's files must be converted)") from None
-    except AttributeError as error:
-        raise ValueError(f"save a state_dict() with the program that wrote it: {error}") from None
+        if container == "safetensors":
+            return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():        # torch.load does not compare
+            raise ValueError("a check sum is wrong")
+        ignored = [(Ignored, name) for name in IGNORED.split()]
+        with open(path, "rb") as file, torch.serialization.safe_globals(ignored):
+            if container == "pickle":
+                return pickle.load(file, encoding="latin1")
+            return torch.load(file, map_location="cpu", weights_only=not trust)
     except Exception as error:                                          # torch.load raises whatever it meets
-        raise ValueError(reason_of(str(error) or type(error).__name__)) from None
-
-
-def reason_of(message):
-    """Returns why a file cannot be read, in one line, out of the message of torch.load or another reader."""
-    asked = re.search(r"GLOBAL (\S+)", message)
-    if asked:
-        return f"it asks for {asked[1]}, which may run code: --trust reads it"
-    for words, what in NEEDS_TRUST.items():
-        if words in message:
-            return f"it {what}, which may run code: --trust reads it"
-    return f"damaged, or no file of tensors: {message.splitlines()[0].split('. ')[0]}"
+        message = str(error) or type(error).__name__
+    for words, answer in ANSWERS.items():
+        met = re.search(words, message)
+        if met:
+            raise ValueError(met.expand(answer))
+    raise ValueError(f"damaged, or no file of tensors: {message.splitlines()[0].split('. ')[0]}")
 
 
 def leaves(value, name=""):
@@ -307,23 +300,22 @@ def in_our_names(file):
 
 def candidates(tensors, prefix):
     """Returns the places to look at and a remark on moving averages, which are taken if nothing else is."""
-    matches = [re.match(r"(.*?)layer\d\.\d+\.conv\d\.weight$", name) for name in tensors]
-    places = sorted({match[1] for match in matches if match})
+    places = set(re.findall(r"^(.*?)layer\d\.\d+\.conv\d\.weight$", "\n".join(tensors), re.MULTILINE))
     if prefix is not None:
         place = prefix and our_name(prefix.rstrip(".") + ".")
-        longer = [other for other in places if place and other.endswith(f".{place}")]
+        longer = sorted(other for other in places if place and other.endswith(f".{place}"))
         return longer if longer and place not in places else [place], ""
-    averages = [place for place in places if AVERAGE.search(place)]
-    others = [place for place in places if place not in averages]
-    if not averages or not others:
-        return places, "; it is a moving average" if averages else ""
-    return others, f"; a moving average is at {averages[0]!r}, --prefix takes it"
+    averages = sorted(filter(AVERAGE.search, places))
+    others = sorted(places.difference(averages))
+    if averages and others:
+        return others, f"; a moving average is at {averages[0]!r}, --prefix takes it"
+    return others or averages, "; it is a moving average" if averages else ""
 
 
 def trunk_at(place, tensors):
     """Returns the name of the ResNet whose layers stand at a place, and {torchvision's name: tensor} of it.
 
-    ValueError if no ResNet loads them with strict=True, with the faults of the nearest one.
+    ValueError, with the faults of the nearest ResNet, if none loads them with strict=True.
     """
     layers, faults = {}, []
     for name, tensor in tensors.items():
@@ -368,6 +360,19 @@ def choose_place(tensors, prefix):
     return place, resnet, trunk, remark
 
 
+def extras_at(place, resnet, tensors):
+    """Returns {our name: tensor} of the neck and box head at a place: in whole, or nothing."""
+    with torch.device("meta"):
+        encoder = FPNEncoder(resnet).state_dict()
+    extras = {}
+    for name in filter(re.compile(r"(fpn|box_head)\.").match, encoder):
+        tensor = tensors.get(place + name)
+        if tensor is None or tensor.shape != encoder[name].shape:
+            return {}
+        extras[name] = numbers_of(name, tensor)
+    return extras
+
+
 def read_weights(path, trust=False, prefix=None, input=None):
     """Reads the weights of a run directory of ours or any system's checkpoint, which with trust may run code.
 
@@ -383,21 +388,17 @@ def read_weights(path, trust=False, prefix=None, input=None):
     tensors, theirs = in_our_names(file)
     place, resnet, backbone, remark = choose_place(tensors, prefix)
     remark += check_input(words_of(path, content), input)
-
     parent = re.sub(r"\b(resnet|backbone)\.$", "", place)
-    with torch.device("meta"):
-        encoder = FPNEncoder(resnet).state_dict()
-    parts = {name: x.shape for name, x in encoder.items() if name.startswith(("fpn.", "box_head."))}
-    extras = {name: numbers_of(name, tensors[parent + name]) for name in parts if parent + name in tensors}
-    if {name: x.shape for name, x in extras.items()} != parts:          # in whole, or nothing
-        extras = {}
+    extras = extras_at(parent, resnet, tensors)
     for name, x in {**backbone, **extras}.items():
         if not x.sum().isfinite() or name.endswith("running_var") and x.min() < -1e-5:
             raise ValueError(f"{name} has values that are not finite, or variances below 0")
-    used = {place + name for name in backbone} | {parent + name for name in extras}
-    dropped = tuple(name for ours, name in theirs.items() if ours not in used)
+    for name in backbone:
+        theirs.pop(place + name, None)                                  # a counter may be none of the file's
+    for name in extras:
+        theirs.pop(parent + name)
     source = f"{resnet} at {place!r}{remark}"
-    return Weights(backbone, extras, resnet, source, *INPUTS[input or "imagenet"], dropped)
+    return Weights(backbone, extras, resnet, source, *INPUTS[input or "imagenet"], tuple(theirs.values()))
 
 
 def to_detectron2(weights, arch):
