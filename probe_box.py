@@ -70,25 +70,27 @@ def get_args(argv=None):
     return args
 
 
-# ---- Data: a split is a list of (path, class), or of (path, class, box) ----------------------------------
+# ---- Data: a split is a list of (path, class), or of entries (path, class, box, path of a background) ----
 
 def find_data(args):
-    """{protocol: (its data set of train, of val)}, and a digest of all images' names and of all boxes."""
+    """{protocol: [its data set of train, of val]}, and a digest of all images' names and of all boxes."""
     size, seed = args.image_size, args.seed
     train, val, digest = stage.find_splits(args)
     train = with_folders(train, os.path.join(args.data, "train", ""))
     val = with_folders(val, os.path.join(args.data, "val", ""))
-    composites = (Composites(some_of(train, args.train_images, seed, "subset"), size, seed),
-                  Composites(some_of(val, args.images, seed, "swap"), size, seed))
-    data = {"swap": composites, "loose": composites}
+    train = composites(some_of(train, args.train_images, seed, "subset"), size, seed)
+    val = composites(some_of(val, args.images, seed, "swap"), size, seed)
+    pictures = [Boxes(split, size, seed, "loose") for split in (train, val)]
+    data = {"swap": pictures, "loose": pictures}
     if args.boxes:
         needed = max(10, args.world + 1)                # an even number is used, one a process
         train = read_boxes(*args.boxes[:2], needed)
         val = read_boxes(*args.boxes[2:], needed)
-        content = [entry[1:] for entry in train + val]
+        content = [entry[1:3] for entry in train + val]
         digest = stage.digest([digest.encode(), repr(content).encode()])
-        data["boxes"] = (Photographs(some_of(train, args.train_images, seed, "boxes"), size, seed),
-                         Photographs(some_of(val, args.images, seed, "boxes"), size, seed))
+        train = some_of(train, args.train_images, seed, "boxes")
+        val = some_of(val, args.images, seed, "boxes")
+        data["boxes"] = [Boxes(split, size, seed, "boxes") for split in (train, val)]
     return data, digest
 
 
@@ -104,7 +106,7 @@ def with_folders(paths, root):
 
 
 def read_boxes(json_path, folder, needed):
-    """[(image file, category id, (x1, y1, x2, y2))] of a COCO json without its crowds, or a Refusal."""
+    """[(image file, category id, (x1, y1, x2, y2), None)] of a COCO json without its crowds, or a Refusal."""
     boxes = []
     try:
         with open(json_path) as file:
@@ -113,7 +115,7 @@ def read_boxes(json_path, folder, needed):
         for entry in content["annotations"]:
             x, y, w, h = map(float, entry["bbox"])
             if not entry.get("iscrowd"):
-                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h)))
+                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h), None))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
@@ -122,63 +124,53 @@ def read_boxes(json_path, folder, needed):
     return boxes
 
 
-class Boxes(torch.utils.data.Dataset):
-    """Pictures, uint8 (3, S, S), each with boxes (1 + LOOSE, 4): the true one, then loose ones.
+def composites(split, size, seed):
+    """The entries of composites: each two images of a split are pasted on the same two others, at one place.
 
-    A loose box is an anchor with IoU > .5, or the best one if there is none. Entries, one a picture, begin
-    with path and class. A subclass gives `picture(item)`, a picture and its true box, and `word`, which is
-    one of the seeds of its loose boxes.
+    Entries 2 i and 2 i + 1 are image i. The pasted box has sides of U{size / 2..3 size / 4}.
+    """
+    entries = []
+    for j in range(0, len(split), 2):
+        generator = generator_for(seed, "swap", j // 2)
+        h, w = torch.randint(size // 2, size * 3 // 4 + 1, (2,), generator=generator).tolist()
+        top = torch.randint(size - h + 1, (), generator=generator).item()
+        left = torch.randint(size - w + 1, (), generator=generator).item()
+        others = torch.randperm(len(split) - 2, generator=generator)[:2]
+        others += 2 * (others >= j)                                         # neither image of this pair
+        for path, name in split[j:j + 2]:
+            for other in others:
+                entries.append((path, name, (left, top, left + w, top + h), split[other][0]))
+    return entries
+
+
+class Boxes(torch.utils.data.Dataset):
+    """An entry's picture, uint8 (3, S, S), and boxes (1 + LOOSE, 4): its own, then loose ones.
+
+    The picture is the centre of a photograph, pasted on that of another. Without a background it is the whole
+    photograph, squashed. A loose box is an anchor with IoU > .5, or the best one if there is none.
     """
 
-    def __init__(self, entries, size, seed):
-        self.entries, self.size, self.seed = entries, size, seed
+    def __init__(self, entries, size, seed, word):
+        self.entries, self.size, self.seeds = entries, size, (seed, word)
         self.anchors = grid_anchors(size)
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, item):
-        picture, box = self.picture(item)
-        generator = generator_for(self.seed, self.word, item)
+        path, _, box, background = self.entries[item]
+        photo = read_photo(path)
+        if background:
+            x1, y1, x2, y2 = box
+            foreground = resize(centre_view(photo, self.size), [y2 - y1, x2 - x1])
+            picture, box = paste(centre_view(read_photo(background), self.size), foreground, y1, x1)
+        else:
+            h, w = photo.shape[1:]
+            box = (torch.tensor(box) * self.size / torch.tensor([w, h, w, h])).clamp(0, self.size)
+            picture = resize(photo, [self.size, self.size])
+        generator = generator_for(*self.seeds, item)
         loose = jitter_boxes(box.expand(LOOSE, 4), self.anchors, generator=generator)
         return picture, torch.cat([box[None], loose])
-
-
-class Composites(Boxes):
-    """Pictures 2 i and 2 i + 1: image i, with sides of U{S / 2..3 S / 4}, pasted on two others.
-
-    Images 2 j and 2 j + 1 share their two backgrounds, place and size.
-    """
-    word = "loose"
-
-    def __init__(self, entries, size, seed):
-        super().__init__([entry for entry in entries for _ in range(2)], size, seed)
-
-    def picture(self, item):
-        image, side = divmod(item, 2)
-        pair = image // 2
-        generator = generator_for(self.seed, "swap", pair)
-        h, w = torch.randint(self.size // 2, self.size * 3 // 4 + 1, (2,), generator=generator).tolist()
-        top = torch.randint(self.size - h + 1, (), generator=generator).item()
-        left = torch.randint(self.size - w + 1, (), generator=generator).item()
-        others = torch.randperm(len(self) // 2 - 2, generator=generator)[:2]
-        others += 2 * (others >= 2 * pair)                                  # neither image of this pair
-        return paste(self.square(others[side]), resize(self.square(image), [h, w]), top, left)
-
-    def square(self, image):
-        return centre_view(read_photo(self.entries[2 * image][0]), self.size)
-
-
-class Photographs(Boxes):
-    """Boxes of photographs, which are squashed to the canvas. Each box decodes its photograph anew."""
-    word = "boxes"
-
-    def picture(self, item):
-        path, _, box = self.entries[item]
-        image = read_photo(path)
-        h, w = image.shape[1:]
-        box = torch.tensor(box) * self.size / torch.tensor([w, h, w, h])
-        return resize(image, [self.size, self.size]), box.clamp(0, self.size)
 
 
 def estimate_batchnorm(net, batches):
@@ -362,7 +354,7 @@ def loose_scores(train, val, size):
             "offsets": explained(y, layer(x)),
             "offsets_by_corners": explained(y, by_corners(terms)),
             "offsets_beyond_corners": explained(y - by_corners(terms), beyond(x - of_features(terms))),
-            "pictures": len(items), "examples": [[item, *boxes] for item, boxes in zip(items, corners)]}
+            "pictures": len(items), "examples": [[item, *three] for item, three in zip(items, corners)]}
 
 
 def draw_loose(examples, dataset, path):
@@ -411,9 +403,10 @@ def main(rank, device, args, data, data_digest):
                 part.append(share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0]))
             parts.append(part)
         parts = [torch.cat(tensors).cpu() for tensors in zip(*parts)]
-        whole = [torch.cat(tensors) for tensors in zip(*stage.gather_objects(parts))]
-        if not all(tensor.isfinite().all() for tensor in whole):
-            stage.leave("the weights give features, or gradients, that are not finite")
+        whole = list(map(torch.cat, zip(*stage.gather_objects(parts))))
+        for tensor in whole:
+            if not tensor.isfinite().all():
+                stage.leave("the weights give features, or gradients, that are not finite")
         return whole
 
     def swap(net, train, val):
@@ -446,15 +439,16 @@ def main(rank, device, args, data, data_digest):
         del nets_of["loose"]["random"]
         nets_of["boxes"] = nets_of["loose"]
 
-    found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
+    found = {}
+    for line in state["lines"] if state else []:
+        found[line["protocol"], line["net"]] = line
     for protocol in args.protocol:
         measure = swap if protocol == "swap" else loose
         for name, net in nets_of[protocol].items():
             if (protocol, name) not in found:                           # else done before the run was stopped
                 found[protocol, name] = {"protocol": protocol, "net": name, **measure(net, *data[protocol])}
                 if rank == 0:
-                    lines = list(found.values())
-                    stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
+                    stage.save_checkpoint(args.out, {"settings": settings, "lines": list(found.values())})
             line = found[protocol, name]
             numbers = [f"{key} {value:.4g}" for key, value in line.items() if isinstance(value, float)]
             stage.say(f"{protocol:8} {name:9} {', '.join(numbers)}")

@@ -97,8 +97,7 @@ def knn(queries, bank, labels, n_classes, k=20, temperature=0.07):
 
 
 def accuracy(scores, labels):
-    """Percentages of scores (N, C), labels (N,): the right class is first; of more than five classes also: it
-    is among the first five."""
+    """Scores (N, C), labels (N,) -> top-1 in %, and top-5 where there are more than five classes."""
     order = scores.topk(min(5, scores.shape[1]), dim=1).indices
     hits = order == labels[:, None]
     result = {"top1": 100 * hits[:, 0].double().mean().item()}

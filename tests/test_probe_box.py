@@ -20,7 +20,8 @@ MANY = ["--image-size", 64, "--images", 60, "--train-images", 60]
 
 
 def composites(paths, seed=0):
-    return probe_box.Composites([(path, "") for path in paths], 64, seed)
+    entries = probe_box.composites([(path, "") for path in paths], 64, seed)
+    return probe_box.Boxes(entries, 64, seed, "loose")
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +438,7 @@ def test_real_boxes_are_scaled_with_their_photographs(real):
     assert len(entries) == 60                                               # the crowd is left out
     with pytest.raises(probe_box.stage.Refusal, match="has 60 boxes; 61 are needed"):       # for 60 processes
         probe_box.read_boxes(*map(str, real[:2]), 61)
-    dataset = probe_box.Photographs(entries, 64, 0)
+    dataset = probe_box.Boxes(entries, 64, 0, "boxes")
     for item in range(60):
         image, boxes = dataset[item]
         x, y, w, h = (side * 64 / 80 for side in annotations[item]["bbox"])
