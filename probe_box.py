@@ -151,7 +151,9 @@ class Boxes(torch.utils.data.Dataset):
     """
 
     def __init__(self, entries, size, seed, word):
-        self.entries, self.size, self.seeds = entries, size, (seed, word)
+        self.entries = entries
+        self.size = size
+        self.seeds = (seed, word)
         self.anchors = grid_anchors(size)
 
     def __len__(self):
