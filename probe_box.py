@@ -9,13 +9,12 @@ It does not measure that. These three protocols do; they are ours. A random net 
 `swap`: each image is pasted at one place on two backgrounds, and should have the same feature. Nothing is
 trained. swap.png shows on which pixels the feature depends.
 
-`loose`: a detector does not know the true box, and its head does two things with the feature of a loose one.
-A linear layer names the class, another one regresses the offsets to the true box. So eight anchors with IoU
-> .5 stand beside each pasted box. How alike are their features to its own (cosine)? Does a linear layer that
-was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much of the
-offsets does a linear layer explain (R2: 1 is all, 0 is chance)? The corners of an anchor tell a part of its
-offsets without any picture, since a small anchor must grow and one at the border must move inwards. So there
-are three figures: R2 of the features, R2 of the corners, and R2 of the features for what the corners leave.
+`loose`: a detector does not know the true box. Linear layers of its head name the class and regress the
+offsets to the true box, both from the feature of a loose one. So eight anchors with IoU > .5 stand beside
+each pasted box. How alike are their features to its own (cosine)? Does a linear layer that was trained on
+pasted boxes name the class from loose ones, where DATA has class folders? How much of the offsets does one
+explain (R2: 1 is all, 0 is chance)? An anchor's corners explain a part of them without any picture, since a
+small anchor must grow. So R2 is given for features, for corners, and for features on what corners leave.
 loose.png shows examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
@@ -29,12 +28,12 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
 import stage
-from insloc import generator_for, grid_anchors, jitter_boxes, paste
+from insloc import box_masks, generator_for, grid_anchors, jitter_boxes, paste
 from weights import RESNETS, add_weights_arguments, centre_view, frozen_nets, read_photo
 
 PROTOCOLS = ["swap", "loose", "boxes"]
@@ -71,25 +70,27 @@ def get_args(argv=None):
     return args
 
 
-# ---- Data: a split is a list of (path, class), or of (path, class, box) ----------------------------------
+# ---- Data: a split is a list of (path, class), or of entries (path, class, box, path of a background) ----
 
 def find_data(args):
-    """{protocol: (its data set of train, of val)}, and a digest of all images' names and of all boxes."""
+    """{protocol: [its data set of train, of val]}, and a digest of all images' names and of all boxes."""
     size, seed = args.image_size, args.seed
     train, val, digest = stage.find_splits(args)
     train = with_folders(train, os.path.join(args.data, "train", ""))
     val = with_folders(val, os.path.join(args.data, "val", ""))
-    composites = (Composites(some_of(train, args.train_images, seed, "subset"), size, seed),
-                  Composites(some_of(val, args.images, seed, "swap"), size, seed))
-    data = {"swap": composites, "loose": composites}
+    train = composites(some_of(train, args.train_images, seed, "subset"), size, seed)
+    val = composites(some_of(val, args.images, seed, "swap"), size, seed)
+    pictures = [Boxes(split, size, seed, "loose") for split in (train, val)]
+    data = {"swap": pictures, "loose": pictures}
     if args.boxes:
         needed = max(10, args.world + 1)                # an even number is used, one a process
         train = read_boxes(*args.boxes[:2], needed)
         val = read_boxes(*args.boxes[2:], needed)
-        content = [entry[1:] for entry in train + val]
+        content = [entry[1:3] for entry in train + val]
         digest = stage.digest([digest.encode(), repr(content).encode()])
-        data["boxes"] = (Photographs(some_of(train, args.train_images, seed, "boxes"), size, seed),
-                         Photographs(some_of(val, args.images, seed, "boxes"), size, seed))
+        train = some_of(train, args.train_images, seed, "boxes")
+        val = some_of(val, args.images, seed, "boxes")
+        data["boxes"] = [Boxes(split, size, seed, "boxes") for split in (train, val)]
     return data, digest
 
 
@@ -104,8 +105,8 @@ def with_folders(paths, root):
     return [(path, os.path.dirname(path.removeprefix(root)).split(os.sep)[0]) for path in paths]
 
 
-def read_boxes(json_path, folder, needed=10):
-    """[(image file, category id, (x1, y1, x2, y2))] of a COCO json without its crowds, or a Refusal."""
+def read_boxes(json_path, folder, needed):
+    """[(image file, category id, (x1, y1, x2, y2), None)] of a COCO json without its crowds, or a Refusal."""
     boxes = []
     try:
         with open(json_path) as file:
@@ -114,7 +115,7 @@ def read_boxes(json_path, folder, needed=10):
         for entry in content["annotations"]:
             x, y, w, h = map(float, entry["bbox"])
             if not entry.get("iscrowd"):
-                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h)))
+                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h), None))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
@@ -123,78 +124,66 @@ def read_boxes(json_path, folder, needed=10):
     return boxes
 
 
-class Composites(torch.utils.data.Dataset):
-    """Pictures 2 i and 2 i + 1: image i, pasted on two others. Items: uint8 (3, S, S), boxes (M, 4).
+def composites(split, size, seed):
+    """The entries of composites: each two images of a split are pasted on the same two others, at one place.
 
-    The sides of the pasted box, which is box 0, are U{S / 2..3 S / 4}. The other boxes are loose. Images 2 j
-    and 2 j + 1 share their two backgrounds, place and size.
+    Entries 2 i and 2 i + 1 are image i. The pasted box has sides of U{size / 2..3 size / 4}.
+    """
+    entries = []
+    for j in range(0, len(split), 2):
+        generator = generator_for(seed, "swap", j // 2)
+        h, w = torch.randint(size // 2, size * 3 // 4 + 1, (2,), generator=generator).tolist()
+        top = torch.randint(size - h + 1, (), generator=generator).item()
+        left = torch.randint(size - w + 1, (), generator=generator).item()
+        others = torch.randperm(len(split) - 2, generator=generator)[:2]
+        others += 2 * (others >= j)                                         # neither image of this pair
+        for path, name in split[j:j + 2]:
+            for other in others:
+                entries.append((path, name, (left, top, left + w, top + h), split[other][0]))
+    return entries
+
+
+class Boxes(torch.utils.data.Dataset):
+    """An entry's picture, uint8 (3, S, S), and boxes (1 + LOOSE, 4): its own, then loose ones.
+
+    The picture is the centre of a photograph, pasted on that of another. Without a background it is the whole
+    photograph, squashed. A loose box is an anchor with IoU > .5, or the best one if there is none.
     """
 
-    def __init__(self, entries, size, seed):
-        self.paths = [path for path, _ in entries]
-        self.classes = [name for _, name in entries for _ in range(2)]
-        self.size, self.seed = size, seed
-        self.anchors = grid_anchors(size)
-
-    def __len__(self):
-        return len(self.classes)
-
-    def __getitem__(self, item):
-        image, side = divmod(item, 2)
-        pair = image // 2
-        generator = generator_for(self.seed, "swap", pair)
-        h, w = torch.randint(self.size // 2, self.size * 3 // 4 + 1, (2,), generator=generator).tolist()
-        top = torch.randint(self.size - h + 1, (), generator=generator).item()
-        left = torch.randint(self.size - w + 1, (), generator=generator).item()
-        others = torch.randperm(len(self.paths) - 2, generator=generator)[:2]
-        others += 2 * (others >= 2 * pair)                                  # neither image of this pair
-        foreground = resize(self.read(image), [h, w])
-        composite, box = paste(self.read(others[side]), foreground, top, left)
-        return composite, with_loose_boxes(box, self.anchors, generator_for(self.seed, "loose", item))
-
-    def read(self, index):
-        return centre_view(read_photo(self.paths[index]), self.size)
-
-
-class Photographs(torch.utils.data.Dataset):
-    """Boxes of photographs: uint8 (3, S, S), the photograph squashed, boxes (M, 4), box 0 the real one.
-
-    Each box decodes its photograph anew.
-    """
-
-    def __init__(self, entries, size, seed):
-        self.entries, self.size, self.seed = entries, size, seed
-        self.classes = [category for _, category, _ in entries]
+    def __init__(self, entries, size, seed, word):
+        self.entries = entries
+        self.size = size
+        self.seeds = (seed, word)
         self.anchors = grid_anchors(size)
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, item):
-        path, _, box = self.entries[item]
-        image = read_photo(path)
-        h, w = image.shape[1:]
-        box = (torch.tensor(box) * self.size / torch.tensor([w, h, w, h])).clamp(0, self.size)
-        boxes = with_loose_boxes(box, self.anchors, generator_for(self.seed, "boxes", item))
-        return resize(image, [self.size, self.size]), boxes
+        path, _, box, background = self.entries[item]
+        photo = read_photo(path)
+        if background:
+            x1, y1, x2, y2 = box
+            foreground = resize(centre_view(photo, self.size), [y2 - y1, x2 - x1])
+            picture, box = paste(centre_view(read_photo(background), self.size), foreground, y1, x1)
+        else:
+            h, w = photo.shape[1:]
+            box = (torch.tensor(box) * self.size / torch.tensor([w, h, w, h])).clamp(0, self.size)
+            picture = resize(photo, [self.size, self.size])
+        generator = generator_for(*self.seeds, item)
+        loose = jitter_boxes(box.expand(LOOSE, 4), self.anchors, generator=generator)
+        return picture, torch.cat([box[None], loose])
 
 
-def with_loose_boxes(box, anchors, generator):
-    """A box (4,) and LOOSE anchors with IoU > .5, or if there is none the best one: (1 + LOOSE, 4)."""
-    loose = jitter_boxes(box.expand(LOOSE, 4), anchors, generator=generator)
-    return torch.cat([box[None], loose])
-
-
-@torch.no_grad()
 def estimate_batchnorm(net, batches):
-    """Replaces a net's BatchNorm statistics by averages over batches of uint8 images and their boxes."""
+    """Replaces a frozen net's BatchNorm statistics by averages over batches of uint8 images and boxes."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None                                      # the plain average
     net.train()
     for images, boxes in batches:
-        net.features(net.pixels(images), boxes)
+        net.features(net.pixels(images), boxes[:, :1])
     net.eval()
 
 
@@ -204,7 +193,7 @@ def pixel_energy(features, images, seeds):
     """How much features (N, D) depend on each pixel of images (N, 3, S, S) that require grad: (N, S, S).
 
     It is the squared gradient of features . v, v a random direction by its seeds. Its mean over directions is
-    the squared norm of the Jacobian, |d features / d pixel|^2. Frees the graph.
+    |d features / d pixel|^2. Frees the graph.
     """
     v = torch.stack([torch.randn(features.shape[1], generator=generator_for(*words)) for words in seeds])
     gradient, = torch.autograd.grad((features * v.to(features.device)).sum(), images)
@@ -213,10 +202,9 @@ def pixel_energy(features, images, seeds):
 
 def share_inside(energy, boxes):
     """Energy (N, S, S), boxes (N, 4) of whole pixels -> the part of it that lies in the box (N,)."""
-    centres = torch.arange(energy.shape[1], device=energy.device) + 0.5
-    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)
-    rows, columns = (y1 < centres) & (centres < y2), (x1 < centres) & (centres < x2)            # (N, S)
-    return (energy * rows[:, :, None] * columns[:, None]).sum(dim=(1, 2)) / energy.sum(dim=(1, 2))
+    inside_x, inside_y, _ = box_masks(boxes, *energy.shape[1:])
+    inside = inside_y[:, :, None] & inside_x[:, None]                                            # (N, S, S)
+    return (energy * inside).sum(dim=(1, 2)) / energy.sum(dim=(1, 2))
 
 
 def swap_scores(features):
@@ -242,9 +230,8 @@ def draw_swap(nets, dataset, path):
 
     Brightness is the root of the energy, relative to the picture's largest.
     """
-    pictures, boxes = zip(*[dataset[item] for item in range(4)])
-    images = torch.stack(pictures)                                                              # (4, 3, S, S)
-    boxes = torch.stack(boxes)[:, :1]                                                            # (4, 1, 4)
+    images, boxes = torch.utils.data.default_collate([dataset[item] for item in range(4)])      # (4, 3, S, S)
+    boxes = boxes[:, :1]
     rows = [images]
     for net in nets.values():
         x = net.pixels(images.to(net.pixels.mean.device)).requires_grad_()
@@ -255,32 +242,33 @@ def draw_swap(nets, dataset, path):
         energy = F.avg_pool2d(energy[:, None], 4)                       # strides leave a pattern of squares
         energy = F.interpolate(energy / energy.amax(dim=(2, 3), keepdim=True), scale_factor=4)
         rows.append((255 * energy.sqrt()).byte().cpu().expand(-1, 3, -1, -1))
-    frames = (boxes - torch.tensor([0, 0, 1, 1])).repeat(len(rows), 1, 1)           # a frame's last pixels
-    cells = [draw_bounding_boxes(*cell, colors="red") / 255 for cell in zip(torch.cat(rows), frames)]
+    cells = []
+    for picture, box in zip(torch.cat(rows), boxes.repeat(len(rows), 1, 1)):
+        frame = box - torch.tensor([0, 0, 1, 1])                        # its last pixels
+        cells.append(draw_bounding_boxes(picture, frame, colors="red") / 255)
     save_image(cells, path, nrow=4)
 
 
 # ---- loose, boxes ----------------------------------------------------------------------------------------
 
-def offsets_between(loose, pasted):
+def offsets_between(loose, true):
     """Boxes (..., 4) -> what a detector regresses from the loose ones: dx, dy, dw, dh (..., 4), float64.
 
     The centres' distance in sizes of the loose box, and the logarithm of the sizes' ratio [detectron2's
     Box2BoxTransform, without weights].
     """
-    loose, pasted = loose.double(), pasted.double()
-    size = loose[..., 2:] - loose[..., :2]
-    wanted = pasted[..., 2:] - pasted[..., :2]
-    shift = (pasted[..., :2] + pasted[..., 2:] - loose[..., :2] - loose[..., 2:]) / 2
-    return torch.cat([shift / size, (wanted / size).log()], dim=-1)
+    loose = box_convert(loose.double(), "xyxy", "cxcywh")
+    true = box_convert(true.double(), "xyxy", "cxcywh")
+    shift = (true[..., :2] - loose[..., :2]) / loose[..., 2:]
+    return torch.cat([shift, (true[..., 2:] / loose[..., 2:]).log()], dim=-1)
 
 
 def moved_by(loose, offsets):
     """The boxes (..., 4) to which the offsets (..., 4) lead: the inverse of `offsets_between`."""
-    size = loose[..., 2:] - loose[..., :2]
-    centre = (loose[..., :2] + loose[..., 2:]) / 2 + offsets[..., :2] * size
-    half = size * offsets[..., 2:].exp() / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    loose = box_convert(loose, "xyxy", "cxcywh")
+    centre = loose[..., :2] + offsets[..., :2] * loose[..., 2:]
+    size = loose[..., 2:] * offsets[..., 2:].exp()
+    return box_convert(torch.cat([centre, size], dim=-1), "cxcywh", "xyxy")
 
 
 def ridge(x, y, held_out):
@@ -308,14 +296,6 @@ def ridge(x, y, held_out):
     return layer
 
 
-def corner_terms(boxes, size):
-    """What a box (..., 4) says without a picture: its corners in canvases and their products, (..., 14)."""
-    corners = boxes.double() / size
-    products = corners[..., :, None] * corners[..., None, :]
-    row, column = torch.triu_indices(4, 4)
-    return torch.cat([corners, products[..., row, column]], dim=-1)
-
-
 def explained(y, guess):
     """R2 of a guess of y (N, K), a mean over the K: 1 is all, 0 is what the mean of y explains."""
     rest = (y - guess).square().sum(dim=0)
@@ -323,29 +303,15 @@ def explained(y, guess):
 
 
 def loose_rows(features, boxes, size):
-    """Features (N, M, D), boxes (N, M, 4) -> of all loose boxes: features, corner terms, offsets, float64."""
-    offsets = offsets_between(boxes[:, 1:], boxes[:, :1])
-    terms = corner_terms(boxes[:, 1:], size)
-    return features[:, 1:].double().flatten(0, 1), terms.flatten(0, 1), offsets.flatten(0, 1)
+    """Features (N, M, D), boxes (N, M, 4) -> of all loose boxes, in float64: features, corner terms, offsets.
 
-
-def offset_scores(train, val, size):
-    """The linear layer from features to offsets, and what explains the offsets of val (R2).
-
-    train, val: features (N, M, D), boxes (N, M, 4). A loose box's own corners explain a part of its offsets.
-    So the features are also scored on the rest: what the corners explain is taken out of both.
+    The 14 corner terms are what a box says without a picture: its corners in canvases, and their products.
     """
-    held_out = max(1, len(train[0]) // 10) * LOOSE
-    x_train, terms_train, y_train = loose_rows(*train, size)
-    x, terms, y = loose_rows(*val, size)
-    layer = ridge(x_train, y_train, held_out)
-    by_corners = ridge(terms_train, y_train, held_out)
-    of_features = ridge(terms_train, x_train, held_out)
-    beyond = ridge(x_train - of_features(terms_train), y_train - by_corners(terms_train), held_out)
-    return layer, {
-        "offsets": explained(y, layer(x)),
-        "offsets_by_corners": explained(y, by_corners(terms)),
-        "offsets_beyond_corners": explained(y - by_corners(terms), beyond(x - of_features(terms)))}
+    corners = boxes[:, 1:].double() / size
+    pairs = torch.combinations(torch.arange(4), with_replacement=True)                           # (10, 2)
+    terms = torch.cat([corners, corners[..., pairs].prod(dim=-1)], dim=-1)
+    offsets = offsets_between(boxes[:, 1:], boxes[:, :1])
+    return features[:, 1:].double().flatten(0, 1), terms.flatten(0, 1), offsets.flatten(0, 1)
 
 
 def class_scores(train_features, train_classes, features, classes):
@@ -360,7 +326,7 @@ def class_scores(train_features, train_classes, features, classes):
     train_wanted = torch.tensor(list(map(names.index, train_classes)))
     wanted = torch.tensor(list(map(names.index, classes)))
     targets = F.one_hot(train_wanted, len(names)).double()
-    layer = ridge(train_features[:, 0].double(), targets, max(1, len(targets) // 10))
+    layer = ridge(train_features[:, 0].double(), targets, len(targets) // 10)
     right = (layer(features.double()).argmax(dim=2) == wanted[:, None]).double()                 # (N, M)
     return {"class_pasted": 100 * right[:, 0].mean().item(), "class_loose": 100 * right[:, 1:].mean().item(),
             "class_chance": 100 * wanted.bincount().max().item() / len(wanted)}
@@ -369,29 +335,37 @@ def class_scores(train_features, train_classes, features, classes):
 def loose_scores(train, val, size):
     """The figures of `loose` and `boxes`, and eight examples: item, its box, a loose one, its correction.
 
-    train, val: items (N,), features (N, M, D), boxes (N, M, 4), N classes.
+    train, val: items (N,), features (N, M, D), boxes (N, M, 4), N classes. The offsets are asked of linear
+    layers on features and on corner terms. `beyond` has what the terms explain taken out of both sides.
     """
     _, train_features, train_boxes, train_classes = train
     items, features, boxes, classes = val
     own = features[:, :1] - features[:, :1].mean(dim=0)
     others = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
-    layer, by_offset = offset_scores((train_features, train_boxes), (features, boxes), size)
+    x_train, terms_train, y_train = loose_rows(train_features, train_boxes, size)
+    x, terms, y = loose_rows(features, boxes, size)
+    held_out = len(train_features) // 10 * LOOSE
+    layer = ridge(x_train, y_train, held_out)
+    by_corners = ridge(terms_train, y_train, held_out)
+    of_features = ridge(terms_train, x_train, held_out)
+    beyond = ridge(x_train - of_features(terms_train), y_train - by_corners(terms_train), held_out)
     corrected = moved_by(boxes[:8, 1], layer(features[:8, 1].double()))
     corners = torch.stack([boxes[:8, 0], boxes[:8, 1], corrected], dim=1).tolist()
     return {"cosine": F.cosine_similarity(own, others, dim=2).mean().item(),
-            **class_scores(train_features, train_classes, features, classes), **by_offset,
-            "pictures": len(items), "examples": [[item, *boxes] for item, boxes in zip(items, corners)]}
+            **class_scores(train_features, train_classes, features, classes),
+            "offsets": explained(y, layer(x)),
+            "offsets_by_corners": explained(y, by_corners(terms)),
+            "offsets_beyond_corners": explained(y - by_corners(terms), beyond(x - of_features(terms))),
+            "pictures": len(items), "examples": [[item, *three] for item, three in zip(items, corners)]}
 
 
 def draw_loose(examples, dataset, path):
     """A row for each net: pictures with their box in green, a loose one in red, its correction in yellow."""
     cells = []
     for item, *corners in sum(examples, []):
-        image = dataset[item][0]
-        factor = max(1, 224 // image.shape[1])
-        image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-        boxes = (factor * torch.tensor(corners)).clamp(0, image.shape[1] - 1)
-        cells.append(draw_bounding_boxes(image, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
+        picture = resize(dataset[item][0], [224, 224])
+        boxes = (torch.tensor(corners) * 224 / dataset.size).clamp(0, 223)
+        cells.append(draw_bounding_boxes(picture, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
     save_image(cells, path, nrow=len(examples[0]))
 
 
@@ -402,83 +376,81 @@ def main(rank, device, args, data, data_digest):
     for name, source in sources.items():
         stage.say(f"{name}: {source}")
     for protocol in args.protocol:
-        train, val = data[protocol]
-        stage.say(f"{protocol}: {len(train)} pictures of train, {len(val)} of val")
+        train, val = map(len, data[protocol])
+        stage.say(f"{protocol}: {train} pictures of train, {val} of val")
     stage.say(f"{args.world} x {args.device}")
 
     def load(dataset, items):
-        """Batches of some items of a data set: items (n,), pictures (n, 3, S, S), boxes (n, M, 4)."""
-        batches = items.split(64)
-        addresses = [batch.tolist() for batch in batches]
-        loaded = stage.load(dataset, addresses, args.workers, pin_memory=args.device == "cuda")
-        for batch, (pictures, boxes) in zip(batches, loaded):
-            yield batch, pictures.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+        """Batches of some items of a data set: pictures (n, 3, S, S), boxes (n, M, 4)."""
+        batches = [batch.tolist() for batch in items.split(64)]
+        for loaded in stage.load(dataset, batches, args.workers, pin_memory=args.device == "cuda"):
+            yield [tensor.to(device, non_blocking=True) for tensor in loaded]
 
     def encode(net, dataset, with_energy=False):
         """RoI features (N, M, D), boxes (N, M, 4), on the CPU, the same on all ranks; each encodes a part.
 
-        With energy M is 1, and (N,) says which part of the pixel energy lies in the box; else it is 0.
+        With energy M is 1, and a third tensor (N,) says which part of the pixel energy lies in the box.
         """
-        own_part = torch.arange(len(dataset)).tensor_split(args.world)[rank]
+        own = torch.arange(len(dataset)).tensor_split(args.world)[rank]
         parts = []
-        for batch, pictures, boxes in load(dataset, own_part):
-            if with_energy:
-                boxes = boxes[:, :1]
+        for items, (pictures, boxes) in zip(own.split(64), load(dataset, own)):
+            boxes = boxes[:, :1] if with_energy else boxes
             x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_(with_energy)
             with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 features = net.features(x, boxes)                                       # (n * M, levels, D)
             features = features.float().unflatten(0, boxes.shape[:2]).flatten(2)
-            inside = torch.zeros(len(batch), device=device)
+            part = [features.detach(), boxes]
             if with_energy:
-                seeds = [(args.seed, "direction", image) for image in (batch // 2).tolist()]
-                inside = share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0])
-            parts.append((features.detach(), boxes, inside))
-        own = [torch.cat(tensors).cpu() for tensors in zip(*parts)]
-        features, boxes, inside = map(torch.cat, zip(*stage.gather_objects(own)))
-        if not (features.isfinite().all() and inside.isfinite().all()):
-            stage.leave("the weights give features, or gradients, that are not finite")
-        return features, boxes, inside
+                seeds = [(args.seed, "direction", image) for image in (items // 2).tolist()]
+                part.append(share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0]))
+            parts.append(part)
+        parts = [torch.cat(tensors).cpu() for tensors in zip(*parts)]
+        whole = list(map(torch.cat, zip(*stage.gather_objects(parts))))
+        for tensor in whole:
+            if not tensor.isfinite().all():
+                stage.leave("the weights give features, or gradients, that are not finite")
+        return whole
 
-    def swap(net, val):
+    def swap(net, train, val):
         """The figures of `swap`."""
         features, boxes, inside = encode(net, val, with_energy=True)
         area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
         return {**swap_scores(features.view(-1, 2, features.shape[2])),     # an image on its two backgrounds
                 "gradient_inside": inside.mean().item(), "area_inside": area.mean().item()}
 
-    def with_anchors(net, dataset):
-        """Items (N,), features (N, M, D), boxes (N, M, 4), classes of the pictures with loose boxes."""
-        features, boxes, _ = encode(net, dataset)
-        iou = box_iou(boxes[:, 0], boxes[:, 1]).diagonal()
-        items = (iou > 0.5).nonzero()[:, 0]                             # elsewhere no anchor has it
-        if len(items) < 10:
-            stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
-        return items.tolist(), features[items], boxes[items], [dataset.classes[item] for item in items]
+    def loose(net, train, val):
+        """The figures of `loose` and `boxes`, of the pictures that have loose boxes with IoU > .5."""
+        splits = []
+        for dataset in (train, val):
+            features, boxes = encode(net, dataset)
+            items = (box_iou(boxes[:, 0], boxes[:, 1]).diagonal() > 0.5).nonzero()[:, 0]
+            if len(items) < 10:
+                stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
+            classes = [dataset.entries[item][1] for item in items]
+            splits.append((items.tolist(), features[items], boxes[items], classes))
+        result = loose_scores(*splits, args.image_size)
+        return {**result, "left_out": len(val) - result["pictures"]}
 
     nets_of = dict.fromkeys(PROTOCOLS, nets)
     if args.protocol != ["swap"]:
         # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too.
         estimated = copy.deepcopy(nets["random"])
-        batches = load(data["loose"][0], torch.arange(min(1024, len(data["loose"][0]))))
-        estimate_batchnorm(estimated, ((pictures, boxes[:, :1]) for _, pictures, boxes in batches))
-        nets_of["loose"] = nets_of["boxes"] = {"random_bn": estimated}
-        if "given" in nets:
-            nets_of["loose"]["given"] = nets["given"]
+        composites = data["loose"][0]
+        estimate_batchnorm(estimated, load(composites, torch.arange(min(1024, len(composites)))))
+        nets_of["loose"] = {"random_bn": estimated, **nets}
+        del nets_of["loose"]["random"]
+        nets_of["boxes"] = nets_of["loose"]
 
-    found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
+    found = {}
+    for line in state["lines"] if state else []:
+        found[line["protocol"], line["net"]] = line
     for protocol in args.protocol:
-        train, val = data[protocol]
+        measure = swap if protocol == "swap" else loose
         for name, net in nets_of[protocol].items():
             if (protocol, name) not in found:                           # else done before the run was stopped
-                if protocol == "swap":
-                    result = swap(net, val)
-                else:
-                    result = loose_scores(with_anchors(net, train), with_anchors(net, val), args.image_size)
-                    result["left_out"] = len(val) - result["pictures"]
-                found[protocol, name] = {"protocol": protocol, "net": name, **result}
+                found[protocol, name] = {"protocol": protocol, "net": name, **measure(net, *data[protocol])}
                 if rank == 0:
-                    lines = list(found.values())
-                    stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
+                    stage.save_checkpoint(args.out, {"settings": settings, "lines": list(found.values())})
             line = found[protocol, name]
             numbers = [f"{key} {value:.4g}" for key, value in line.items() if isinstance(value, float)]
             stage.say(f"{protocol:8} {name:9} {', '.join(numbers)}")

@@ -59,7 +59,9 @@ find_data = stage.find_splits
 def grid_boxes(size, grid=3):
     """The cells of a square of `size` pixels, row by row: (grid**2, 4). They tile it, whatever the size."""
     edge = torch.linspace(0, size, grid + 1)
-    return torch.stack([edge[[x, y, x + 1, y + 1]] for y in range(grid) for x in range(grid)])
+    first = torch.cartesian_prod(edge[:-1], edge[:-1])                                  # (grid**2, 2): y1, x1
+    last = torch.cartesian_prod(edge[1:], edge[1:])
+    return torch.cat([first.flip(1), last.flip(1)], dim=1)
 
 
 class ProtocolImages(torch.utils.data.Dataset):
@@ -120,8 +122,8 @@ def main(rank, device, args, train, val, data_digest):
     # ---- the frozen nets, and the run in --out, if it goes on
     nets, sources = frozen_nets(args, args.arch, device)
     settings, state = stage.start_probe(args, nets, data_digest, progress="lines")
-    subset = torch.randperm(len(train), generator=generator_for(args.seed, "subset"))[:args.train_images]
-    train = [train[i] for i in subset]
+    order = torch.randperm(len(train), generator=generator_for(args.seed, "subset"))
+    train = [train[i] for i in order[:args.train_images]]
     held_out = max(1, round(len(train) / 10))
     for name, source in sources.items():
         stage.say(f"{name}: {source}")
@@ -156,14 +158,15 @@ def main(rank, device, args, train, val, data_digest):
         return {"top1": table.diag().mean().item(), "chance": 100 / args.grid ** 2, "lr": RATES[best],
                 "confusion": table.tolist()}
 
-    found = {(line["protocol"], line["net"]): line for line in (state["lines"] if state else [])}
+    found = {}
+    for line in state["lines"] if state else []:
+        found[line["protocol"], line["net"]] = line
     for protocol in args.protocol:
         for name, net in nets.items():
             if (protocol, name) not in found:                           # else done before the run was stopped
                 found[protocol, name] = {"protocol": protocol, "net": name, **locate(net, protocol)}
                 if rank == 0:
-                    lines = list(found.values())
-                    stage.save_checkpoint(args.out, {"settings": settings, "lines": lines})
+                    stage.save_checkpoint(args.out, {"settings": settings, "lines": list(found.values())})
             line = found[protocol, name]
             stage.say(f"{protocol:8} {name:7} top-1 {line['top1']:.2f} %, at the rate {line['lr']:g}")
 

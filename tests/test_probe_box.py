@@ -20,7 +20,8 @@ MANY = ["--image-size", 64, "--images", 60, "--train-images", 60]
 
 
 def composites(paths, seed=0):
-    return probe_box.Composites([(path, "") for path in paths], 64, seed)
+    entries = probe_box.composites([(path, "") for path in paths], 64, seed)
+    return probe_box.Boxes(entries, 64, seed, "loose")
 
 
 @pytest.fixture(scope="module")
@@ -365,11 +366,20 @@ def test_explained_against_a_loop():
     assert probe_box.explained(y, y) == 1 and probe_box.explained(y, y.mean(dim=0)) == pytest.approx(0)
 
 
-def test_corner_terms_by_hand():
-    x1, y1, x2, y2 = corners = 0.1, 0.2, 0.5, 0.8
-    terms = probe_box.corner_terms(torch.tensor([corners]) * 64, 64)[0].tolist()
-    products = [corners[i] * corners[j] for i in range(4) for j in range(i, 4)]
-    assert terms == pytest.approx([*corners, *products])
+def test_rows_of_loose_boxes_by_hand():
+    """Two pictures with a true box and three loose ones each; a canvas has 64 pixels."""
+    features = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    boxes = some_boxes(8, 0).view(2, 4, 4)
+    rows = zip(*probe_box.loose_rows(features, boxes, 64), strict=True)
+    for row, (x, terms, offsets) in enumerate(rows):
+        picture, box = divmod(row, 3)
+        corners = [side / 64 for side in boxes[picture, 1 + box].tolist()]
+        products = [corners[i] * corners[j] for i in range(4) for j in range(i, 4)]
+        assert x.tolist() == features[picture, 1 + box].tolist()
+        assert terms.tolist() == pytest.approx([*corners, *products])
+        expected = probe_box.offsets_between(boxes[picture, 1 + box], boxes[picture, 0])
+        assert offsets.tolist() == expected.tolist()
+    assert row == 5
 
 
 def test_class_scores_against_a_loop():
@@ -422,13 +432,13 @@ def real(patterns, tmp_path):
 
 
 def test_real_boxes_are_scaled_with_their_photographs(real):
-    entries = probe_box.read_boxes(*map(str, real[:2]))
+    entries = probe_box.read_boxes(*map(str, real[:2]), 60)
     with open(real[0]) as f:
         annotations = json.load(f)["annotations"]
     assert len(entries) == 60                                               # the crowd is left out
     with pytest.raises(probe_box.stage.Refusal, match="has 60 boxes; 61 are needed"):       # for 60 processes
         probe_box.read_boxes(*map(str, real[:2]), 61)
-    dataset = probe_box.Photographs(entries, 64, 0)
+    dataset = probe_box.Boxes(entries, 64, 0, "boxes")
     for item in range(60):
         image, boxes = dataset[item]
         x, y, w, h = (side * 64 / 80 for side in annotations[item]["bbox"])
