@@ -251,16 +251,16 @@ def draw_swap(nets, dataset, path):
 
 # ---- loose, boxes ----------------------------------------------------------------------------------------
 
-def offsets_between(loose, true):
+def offsets_between(loose, box):
     """Boxes (..., 4) -> what a detector regresses from the loose ones: dx, dy, dw, dh (..., 4), float64.
 
     The centres' distance in sizes of the loose box, and the logarithm of the sizes' ratio [detectron2's
     Box2BoxTransform, without weights].
     """
     loose = box_convert(loose.double(), "xyxy", "cxcywh")
-    true = box_convert(true.double(), "xyxy", "cxcywh")
-    shift = (true[..., :2] - loose[..., :2]) / loose[..., 2:]
-    return torch.cat([shift, (true[..., 2:] / loose[..., 2:]).log()], dim=-1)
+    box = box_convert(box.double(), "xyxy", "cxcywh")
+    shift = (box[..., :2] - loose[..., :2]) / loose[..., 2:]
+    return torch.cat([shift, (box[..., 2:] / loose[..., 2:]).log()], dim=-1)
 
 
 def moved_by(loose, offsets):

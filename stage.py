@@ -271,7 +271,7 @@ def run(rank, rendezvous, main, args, prepared):
         prepare_process()
         device = torch.device("cpu")
         if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            device = torch.device("cuda", launcher_variables().get("LOCAL_RANK", rank))
             check_gpu(device)
         elif args.nprocs > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, cores() // args.nprocs))

@@ -297,6 +297,24 @@ def test_half_of_torchruns_variables_are_refused(here, monkeypatch, photos, tmp_
     assert status in (1, 2) and re.search(said, one_line(err))
 
 
+def test_the_only_process_of_a_machine_takes_its_first_gpu(monkeypatch, tmp_path):
+    """Its rank in the run is 1, and the launcher sets no LOCAL_RANK."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    devices = []
+
+    def check_gpu(device):
+        devices.append(device)
+        raise stage.Refusal("no GPU here")
+
+    monkeypatch.setattr(stage, "check_gpu", check_gpu)
+    args = types.SimpleNamespace(device="cuda", nprocs=1, world=2, out=str(tmp_path))
+    with pytest.raises(SystemExit):
+        stage.run(1, "env://", None, args, ())
+    assert devices == [torch.device("cuda", 0)]
+
+
 def test_without_local_variables_there_is_one_process_a_machine(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     for name, value in as_rank(1, 2, 29500).items():

@@ -337,15 +337,16 @@ def correction_layer(net, pixels, dataset, size):
     for images, some in torch.utils.data.DataLoader(dataset, batch_size=64):
         features.append(net.features(pixels(images), some).unflatten(0, some.shape[:2]).flatten(2))
         boxes.append(some)
-    train = torch.cat(features), torch.cat(boxes)
-    return probe_box.offset_scores(train, train, size)[0]
+    x, _, offsets = probe_box.loose_rows(torch.cat(features), torch.cat(boxes), size)
+    return probe_box.ridge(x, offsets, held_out=len(x) // 10)
 
 
 def draw_loose(runs, data, out, size):
     """A row for each composite, a column for each net: the pasted box, a loose one, its correction."""
     folder = os.path.join(data, "train")
-    entries = [(os.path.join(folder, os.fsdecode(name)), "") for name in stage.find_images(folder)]
-    dataset = probe_box.Composites(probe_box.some_of(entries, 2000, 0, "subset"), size, 0)
+    paths = [(os.path.join(folder, os.fsdecode(name)), "") for name in stage.find_images(folder)]
+    entries = probe_box.composites(probe_box.some_of(paths, 2000, 0, "subset"), size, 0)
+    dataset = probe_box.Boxes(entries, size, 0, "loose")
     pairs = ((CAT, ROCKET), (ASTRONAUT, COFFEE), (COFFEE, RETINA))
     images, boxes = map(torch.stack, zip(*[composite_of(*pair, size) for pair in pairs]))
     loose = jitter_boxes(boxes, grid_anchors(size), generator=generator_for(0, "loose", size))
