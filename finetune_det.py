@@ -244,7 +244,7 @@ def protocol_config(protocol, weights, device, depth):
     cfg.SOLVER.MAX_ITER = protocol.iterations
     cfg.SOLVER.STEPS = protocol.steps
     cfg.SOLVER.WARMUP_ITERS = protocol.warmup
-    if protocol.arch == "c4":                                            # [MoCo v2]
+    if protocol.arch == "c4":                                   # [MoCo v2]
         cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeadsExtraNorm"
     else:                                                       # [released code]
         cfg.MODEL.FPN.NORM = cfg.MODEL.ROI_BOX_HEAD.NORM = cfg.MODEL.ROI_MASK_HEAD.NORM = norm
