@@ -138,6 +138,8 @@ def launcher_variables():
                 raise Refusal(f"RANK is set, but {name} is {text!r}, no number: start by torchrun, or unset "
                               "RANK")
             found[name] = int(text)
+        if found["RANK"] >= found["WORLD_SIZE"]:                    # it would wait for the others for ever
+            raise Refusal(f"RANK {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}")
     return found
 
 

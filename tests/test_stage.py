@@ -287,6 +287,7 @@ def test_a_refused_run_leaves_no_folder_that_it_made(here, photos, tmp_path):
     ({"MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is '', no number: start by torchrun"),
     ({"WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is 'two'"),
     ({"RANK": "", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is ''"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK 2 is not below"),
     ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "process 0 does not meet the others: .*MASTER_PORT expected"),
     ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "process 0 does not meet the others: .*MASTER_ADDR expected")],
                          ids=str)
