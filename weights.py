@@ -50,8 +50,9 @@ ANSWERS = {             # what a reader says where it fails, and what that means
     "Unsupported operand": f"it has pickle protocol 4 or 5, {TRUST}",
     "TorchScript": f"it is a TorchScript archive, {TRUST}",
     r"\.tar format": f"it is a tar file, as torch 0.1 wrote, {TRUST}",
-    "(.*(?:get|has no) attribute .*)": r"save a state_dict() with the program that wrote it: \1",
-    r"(?:named|from) '([^'.]+)": r"install \1, which it asks for (JAX's files must be converted)"}
+    r"^No module named '([^'.]+)|^cannot import name '\w+' from '([^'.]+)":
+        r"install \1\2, which it asks for (JAX's files must be converted)",
+    "(.*(?:get|has no) attribute .*)": r"save a state_dict() with the program that wrote it: \1"}
 IGNORED = ("argparse.Namespace numpy.dtype numpy.ndarray "              # of NumPy 1 and of NumPy 2
            "numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
            "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct")
