@@ -126,10 +126,13 @@ def mend_boxes(entries, images, said):
 
     ValueError if all boxes are shares of their picture.
     """
-    pictures = [images[entry["image_id"]] for entry in entries]
-    names = np.array([picture["file_name"] for picture in pictures])
-    sizes = np.array([(picture["width"], picture["height"]) for picture in pictures])
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=float)
+    names, sizes, boxes = [], [], []
+    for entry in entries:
+        picture = images[entry["image_id"]]
+        names.append(picture["file_name"])
+        sizes.append((picture["width"], picture["height"]))
+        boxes.append(entry["bbox"])
+    names, sizes, boxes = np.array(names), np.array(sizes), np.array(boxes, dtype=float)
     if boxes.max() <= 1:
         raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
                          "file; COCO's is x, y, width, height in pixels")

@@ -419,41 +419,40 @@ class MakeGroup:
 
     def __call__(self, samples):
         generator = generator_for(self.seed, "group", *samples[0]["seeds"])
-        behind_queries, behind_keys = self.choose(samples, generator)
-        queries = [sample["query"] for sample in samples]
-        keys = [sample["key"] for sample in samples]
+        behind_queries, behind_keys = zip(*self.choose(samples, generator))
         unreadable = []
         for sample in samples:
             unreadable += sample.get("unreadable", [])
-        key = self.paste_all(keys, behind_keys, generator)                                           # Eq. 4
-        query = self.paste_all(queries, behind_queries, generator)                                   # Eq. 3
+        key = self.paste_all("key", samples, behind_keys, generator)                                 # Eq. 4
+        query = self.paste_all("query", samples, behind_queries, generator)                          # Eq. 3
         if self.jitter:                                 # drawn last: without it the composites are the same
             anchors = grid_anchors(self.image_size)
             query["drawn_boxes"] = jitter_boxes(query["boxes"], anchors, generator=generator)   # Sec. 4.2
         return {"query": query, "key": key, "unreadable": unreadable}
 
     def choose(self, samples, generator):
-        """What the N queries are pasted on, and what the N keys are: two lists of images."""
+        """What the query and the key of each sample are pasted on: N pairs of images."""
         count = {"group": 1, "dataset": 2, "none": 0}[self.backgrounds]
         for sample in samples:
             if len(sample["backgrounds"]) != count:
                 raise ValueError(f"a sample brings {len(sample['backgrounds'])} backgrounds, "
                                  f"with backgrounds={self.backgrounds!r} it must be {count}")
         if self.backgrounds == "none":                  # a crop covers whatever it is pasted on: here itself
-            return [sample["query"] for sample in samples], [sample["key"] for sample in samples]
+            return [(sample["query"], sample["key"]) for sample in samples]
         if self.backgrounds == "dataset":
-            return zip(*[sample["backgrounds"] for sample in samples])
+            return [sample["backgrounds"] for sample in samples]
         own = [sample["backgrounds"][0] for sample in samples]
         pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
-        return [own[i] for i, _ in pairs], [own[i] for _, i in pairs]
+        return [(own[i], own[j]) for i, j in pairs]
 
-    def paste_all(self, crops, backgrounds, generator):
-        """A view: each crop is pasted at a uniformly random place of its background."""
+    def paste_all(self, name, samples, backgrounds, generator):
+        """A view: each sample's crop `name` is pasted at a uniformly random place of its background."""
         size = self.image_size
-        view = photometric_params(len(crops), generator)
-        images = torch.empty(len(crops), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        boxes = torch.empty(len(crops), 4)
-        for i, (crop, background) in enumerate(zip(crops, backgrounds)):
+        view = photometric_params(len(samples), generator)
+        images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        boxes = torch.empty(len(samples), 4)
+        for i, (sample, background) in enumerate(zip(samples, backgrounds)):
+            crop = sample[name]
             h, w = crop.shape[1:]
             if crop.dtype != torch.uint8 or max(h, w) > size:
                 raise ValueError(f"a crop of {crop.dtype}, {h}x{w}: it must be uint8, at most {size}x{size}")
