@@ -132,7 +132,9 @@ def mend_boxes(entries, images, said):
         names.append(picture["file_name"])
         sizes.append((picture["width"], picture["height"]))
         boxes.append(entry["bbox"])
-    names, sizes, boxes = np.array(names), np.array(sizes), np.array(boxes, dtype=float)
+    names = np.array(names)
+    sizes = np.array(sizes)
+    boxes = np.array(boxes, dtype=float)
     if boxes.max() <= 1:
         raise ValueError(f"annotations: bbox is {entries[0]['bbox']}, a share of the picture, as all in this "
                          "file; COCO's is x, y, width, height in pixels")
