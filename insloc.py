@@ -9,9 +9,9 @@ The sections stand in the order in which data meets them:
     5 encoders                   composite and box -> embeddings, C4 and FPN           Sec. 4.3, Eq. 5-6
     6 contrast                   queue of keys, InfoNCE, momentum update               Eq. 2
 
-Nothing here knows of processes or command lines, and importing it does nothing: the loop is in pretrain.py.
-Every random draw takes a generator. Most functions and classes can be copied out alone; the others say what
-they need ("needs: ...").
+Nothing here talks to other processes or reads a command line, and importing it does nothing: the loop is in
+pretrain.py. Every random draw takes a generator. Most functions and classes can be copied out alone; the
+others say what they need ("needs: ...").
 
 Letters in shapes: N images, S side of the square canvas, A anchors, L feature levels, D embedding width, K
 queue size, B keys of a step. Sizes are (h, w). Boxes are float xyxy in pixels, half-open: a pasted (h, w)
@@ -154,9 +154,10 @@ def photometric(images, params, boxes=None):
 
     params: see `photometric_params`. With boxes (N, 4), rounded to whole pixels, everything happens inside
     them as if each were an image of its own, and no pixel outside changes; a flip mirrors the inside and
-    leaves the box where it is. With boxes=None the whole images are augmented. Parameters and boxes stay on
-    the CPU, so that no line waits for a GPU. Images keep their dtype; half precision is computed in float32,
-    outside of autocast. ValueError for images of integers, and for a box that leaves its image.
+    leaves the box where it is. With boxes=None the whole images are augmented; MakeGroup moves their boxes
+    with a flip. The boxes come back as they are. Parameters and boxes stay on the CPU, so that no line waits
+    for a GPU. Images keep their dtype; half precision is computed in float32. Call it outside of autocast.
+    ValueError for images of integers, and for a box that leaves its image.
     DIVERGES: the paper augments the foreground, the release the composite (boxes=None).
     needs: box_masks, affine_maps, shift_hue, blur_matrix
     """
@@ -251,8 +252,8 @@ def shift_hue(x, shift):
     hue = torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(high == r, g - b, hue) / chroma.clamp(min=1e-12)              # in sixths of the circle
     n = (5 - 2 * torch.arange(3, device=x.device))[:, None]                         # 5, 3, 1
-    sixths = (hue + (n + 6 * shift)) % 6                                            # the formula's k
-    return torch.lerp(high, low, torch.minimum(sixths, 4 - sixths).clamp(0, 1))     # V - V S ...
+    k = (hue + (n + 6 * shift)) % 6
+    return torch.lerp(high, low, torch.minimum(k, 4 - k).clamp(0, 1))               # V - V S ...
 
 
 def blur_matrix(inside, sigma):
@@ -403,9 +404,9 @@ class MakeGroup:
         seeds         ints, of Views (step, group number): the first sample's decide every draw of the group
         unreadable    indices of files that could not be read; may be absent
     Returns {"query": view, "key": view, "unreadable": indices}. A view is a dict: images uint8 (N, 3, S, S),
-    channels_last in memory; boxes (N, 4), where crops are pasted; drawn_boxes (N, 4), what the encoder pools
-    (for keys the same); and the tensors of `photometric_params`. ValueError for samples of another form, and
-    TooFewImages for a group of fewer than three different images.
+    channels_last in memory; boxes (N, 4), where crops are pasted; drawn_boxes (N, 4), for queries a random
+    anchor, for keys `boxes` again; and the tensors of `photometric_params`. ValueError for samples of another
+    form, and TooFewImages for a group of fewer than three different images.
 
     DIVERGES: the paper's background is any other training image, for which the release decodes two more
     images a sample ("dataset"). In a "group" they cost no decode, but are not independent of each other.
@@ -423,8 +424,8 @@ class MakeGroup:
         unreadable = []
         for sample in samples:
             unreadable += sample.get("unreadable", [])
-        key = self.paste_all("key", samples, behind_keys, generator)                                 # Eq. 4
-        query = self.paste_all("query", samples, behind_queries, generator)                          # Eq. 3
+        key = self.make_view("key", samples, behind_keys, generator)                                 # Eq. 4
+        query = self.make_view("query", samples, behind_queries, generator)                          # Eq. 3
         if self.jitter:                                 # drawn last: without it the composites are the same
             anchors = grid_anchors(self.image_size)
             query["drawn_boxes"] = jitter_boxes(query["boxes"], anchors, generator=generator)   # Sec. 4.2
@@ -445,8 +446,8 @@ class MakeGroup:
         pairs = choose_backgrounds([sample["source"] for sample in samples], generator)
         return [(own[i], own[j]) for i, j in pairs]
 
-    def paste_all(self, name, samples, backgrounds, generator):
-        """A view: each sample's crop `name` is pasted at a uniformly random place of its background."""
+    def make_view(self, name, samples, backgrounds, generator):
+        """Draws a view's augmentation, and pastes each sample's crop `name` at a random place, uniformly."""
         size = self.image_size
         view = photometric_params(len(samples), generator)
         images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -456,7 +457,7 @@ class MakeGroup:
             h, w = crop.shape[1:]
             if crop.dtype != torch.uint8 or max(h, w) > size:
                 raise ValueError(f"a crop of {crop.dtype}, {h}x{w}: it must be uint8, at most {size}x{size}")
-            top = torch.randint(0, size - h + 1, (1,), generator=generator).item()      # far edges, too
+            top = torch.randint(0, size - h + 1, (1,), generator=generator).item()      # the far edge, too
             left = torch.randint(0, size - w + 1, (1,), generator=generator).item()
             images[i], boxes[i] = paste(background, crop, top, left)
         if self.flip_moves_box:

@@ -100,7 +100,7 @@ def get_args(argv=None):
     if args.roi_size is None:
         args.roi_size = max(1, min(14, args.image_size // 16))
     args.out = args.out or f"runs/{args.method}_{args.arch}"
-    args.resume = args.resume and not args.preview          # a picture goes into a folder of its own
+    args.resume = args.resume and not args.preview          # so that no picture goes into the folder of a run
     if args.image_size < 32 or args.image_size % 32:
         parser.error(f"--image-size {args.image_size}: must be a multiple of 32, the stride of the network")
     if not pasting and (args.fg_size or args.keep_aspect):
@@ -131,7 +131,7 @@ def get_args(argv=None):
 
 
 def find_data(args):
-    """DATA -> paths, a NumPy bytes array, in an order that the names decide; their number and digest."""
+    """DATA -> paths, a NumPy bytes array, in the order of names, or of a list; their number and digest."""
     stage.check_new(args, ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth"))
     if os.path.isdir(args.data):
         root = choose_split(args.data)
@@ -321,12 +321,12 @@ def accuracies(q, k, logits, first):
 def save_composites(args, paths, count):
     """composites.png, as Fig. 3: of each sample the query, then the key, with the pasted box in red.
 
-    The box that the encoder pools is blue. It is hidden below the red one but for a jittered query, and open
-    where its anchor leaves the canvas. Small canvases are enlarged, so that the thin lines hide nothing.
+    The box that C4, or P5 of the FPN, pools is blue. It is hidden below the red one but for a jittered query,
+    and open where its anchor leaves the canvas. Small canvases are enlarged, so that lines hide little.
     """
     dataset, make_group = make_data(args, paths)
-    size = min(max(count, args.bn_group), len(paths))
-    addresses = batches(len(paths), size, size, 1, args.seed)
+    n = min(max(count, args.bn_group), len(paths))
+    addresses = batches(len(paths), n, n, 1, args.seed)
     group = next(stage.load(dataset, addresses, 0, make_group, data_errors=DATA_ERRORS))
     mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD])[:, :, None, None]
     zoom = max(1, 256 // args.image_size)
@@ -562,7 +562,7 @@ def main(rank, device, args, paths, data_digest):
         optimizer.zero_grad()
         for group_number, group in zip(own_groups, batch):
             first = group_number * args.bn_group                        # its first query's row in k
-            model.require_backward_grad_sync = group_number == own_groups[-1]   # ranks add up once a step
+            model.require_backward_grad_sync = group_number == own_groups[-1]   # DDP averages once a step
             images = augment(group["query"], args, device)
             with autocast:
                 q = model(images, boxes_of(group["query"], args, device))                       # Eq. 5

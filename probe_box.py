@@ -11,11 +11,11 @@ trained. swap.png shows on which pixels the feature depends.
 
 `loose`: a detector does not know the true box. Linear layers of its head name the class and regress the
 offsets to the true box, both from the feature of a loose one. So eight anchors with IoU > .5 stand beside
-each pasted box. How alike are their features to its own (cosine)? Does a linear layer that was trained on
-pasted boxes name the class from loose ones, where DATA has class folders? How much of the offsets does one
-explain (R2: 1 is all, 0 is chance)? An anchor's corners explain a part of them without any picture, since a
-small anchor must grow. So R2 is given for features, for corners, and for features on what corners leave.
-loose.png shows examples.
+each pasted box. How alike are their features to its own (cosine, of both less their means)? Does a linear
+layer that was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much
+of the offsets does one explain (R2: 1 is all, 0 is chance)? An anchor's corners explain a part of them
+without any picture, since a small anchor must grow. So R2 is given for features, for corners, and for
+features on what corners leave. loose.png shows examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """
@@ -37,6 +37,7 @@ from insloc import box_masks, generator_for, grid_anchors, jitter_boxes, paste
 from weights import RESNETS, add_weights_arguments, centre_view, frozen_nets, read_photo
 
 PROTOCOLS = ["swap", "loose", "boxes"]
+BATCH = 64                                              # pictures that are encoded at a time
 LOOSE = 8                                               # loose boxes for each pasted one
 STRENGTHS = [10.0 ** power for power in range(-6, 3)]   # of ridge regression; a held-out tenth chooses
 
@@ -78,9 +79,10 @@ def find_data(args):
     train, val, digest = stage.find_splits(args)
     train = with_folders(train, os.path.join(args.data, "train", ""))
     val = with_folders(val, os.path.join(args.data, "val", ""))
-    train = composites(some_of(train, args.train_images, seed, "subset"), size, seed)
-    val = composites(some_of(val, args.images, seed, "swap"), size, seed)
-    pictures = [Boxes(split, size, seed, "loose") for split in (train, val)]
+    train = some_of(train, args.train_images, seed, "subset")
+    val = some_of(val, args.images, seed, "swap")
+    pictures = [Boxes(composites(train, size, seed, "train"), size, seed, "loose of train"),
+                Boxes(composites(val, size, seed, "swap"), size, seed, "loose")]
     data = {"swap": pictures, "loose": pictures}
     if args.boxes:
         needed = max(10, args.world + 1)                # an even number is used, one a process
@@ -124,14 +126,15 @@ def read_boxes(json_path, folder, needed):
     return boxes
 
 
-def composites(split, size, seed):
+def composites(split, size, seed, word):
     """The entries of composites: each two images of a split are pasted on the same two others, at one place.
 
-    Entries 2 i and 2 i + 1 are image i. The pasted box has sides of U{size / 2..3 size / 4}.
+    Entries 2 i and 2 i + 1 are image i. The pasted box has sides of U{size / 2..3 size / 4}. `word` seeds the
+    draws, so that no split has the places of another.
     """
     entries = []
     for j in range(0, len(split), 2):
-        generator = generator_for(seed, "swap", j // 2)
+        generator = generator_for(seed, word, j // 2)
         h, w = torch.randint(size // 2, size * 3 // 4 + 1, (2,), generator=generator).tolist()
         top = torch.randint(size - h + 1, (), generator=generator).item()
         left = torch.randint(size - w + 1, (), generator=generator).item()
@@ -208,7 +211,9 @@ def share_inside(energy, boxes):
 
 
 def swap_scores(features):
-    """Cosines of features (N, 2, D) of N images on two backgrounds; images 2 i and 2 i + 1 share both.
+    """Cosines of features (N, 2, D), less their mean, of N images on two backgrounds.
+
+    Images 2 i and 2 i + 1 share both backgrounds, place and size.
 
     same_instance: an image on its two backgrounds. same_background: two images at one place on one background
     (the leak). same_place: these two on different backgrounds, the part of the leak that place and size make.
@@ -360,12 +365,12 @@ def loose_scores(train, val, size):
 
 
 def draw_loose(examples, dataset, path):
-    """A row for each net: pictures with their box in green, a loose one in red, its correction in yellow."""
+    """A row for each net: pictures with their box in red, a loose one in blue, its correction in yellow."""
     cells = []
     for item, *corners in sum(examples, []):
         picture = resize(dataset[item][0], [224, 224])
         boxes = (torch.tensor(corners) * 224 / dataset.size).clamp(0, 223)
-        cells.append(draw_bounding_boxes(picture, boxes, colors=["lime", "red", "yellow"], width=2) / 255)
+        cells.append(draw_bounding_boxes(picture, boxes, colors=["red", "blue", "yellow"], width=2) / 255)
     save_image(cells, path, nrow=len(examples[0]))
 
 
@@ -382,7 +387,7 @@ def main(rank, device, args, data, data_digest):
 
     def load(dataset, items):
         """Batches of some items of a data set: pictures (n, 3, S, S), boxes (n, M, 4)."""
-        batches = [batch.tolist() for batch in items.split(64)]
+        batches = [batch.tolist() for batch in items.split(BATCH)]
         for loaded in stage.load(dataset, batches, args.workers, pin_memory=args.device == "cuda"):
             yield [tensor.to(device, non_blocking=True) for tensor in loaded]
 
@@ -393,7 +398,7 @@ def main(rank, device, args, data, data_digest):
         """
         own = torch.arange(len(dataset)).tensor_split(args.world)[rank]
         parts = []
-        for items, (pictures, boxes) in zip(own.split(64), load(dataset, own)):
+        for items, (pictures, boxes) in zip(own.split(BATCH), load(dataset, own)):
             boxes = boxes[:, :1] if with_energy else boxes
             x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_(with_energy)
             with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
@@ -433,10 +438,11 @@ def main(rank, device, args, data, data_digest):
 
     nets_of = dict.fromkeys(PROTOCOLS, nets)
     if args.protocol != ["swap"]:
-        # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too.
+        # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too,
+        # but for `swap`, which shows the plain one.
         estimated = copy.deepcopy(nets["random"])
-        composites = data["loose"][0]
-        estimate_batchnorm(estimated, load(composites, torch.arange(min(1024, len(composites)))))
+        pictures = data["loose"][0]
+        estimate_batchnorm(estimated, load(pictures, torch.arange(min(1024, len(pictures)))))
         nets_of["loose"] = {"random_bn": estimated, **nets}
         del nets_of["loose"]["random"]
         nets_of["boxes"] = nets_of["loose"]

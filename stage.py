@@ -240,7 +240,7 @@ def start_processes(count, main, args, prepared):
                 if process.is_alive():
                     os.kill(process.pid, number)
 
-        for number in answered():
+        for number in answered_signals():
             signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
@@ -267,7 +267,7 @@ def run(rank, rendezvous, main, args, prepared):
             end_workers()
         os._exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in answered()}
+    before = {number: signal.signal(number, stop) for number in answered_signals()}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         prepare_process()
@@ -327,7 +327,7 @@ def gather_objects(value):
     return values
 
 
-def answered():
+def answered_signals():
     """SIGNALS, but for those that this process was started to ignore (nohup ignores SIGHUP)."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -335,7 +335,7 @@ def answered():
 def collect_signals():
     """From now on a request to stop ends nothing, but is appended to the list that this returns."""
     signals = []
-    for number in answered():
+    for number in answered_signals():
         signal.signal(number, lambda number, frame: signals.append(number))
     return signals
 
@@ -379,10 +379,10 @@ def start_worker(_):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:        # it had ended before
         os._exit(1)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_hand_over)
 
 
-def end_worker(error, _):
+def cannot_hand_over(error, _):
     """Ends a worker that cannot hand over a batch: its parent would wait for the batch for ever."""
     if not isinstance(error, (OSError, RuntimeError)):              # those are the machine's, others are bugs
         traceback.print_exception(error)
@@ -427,7 +427,10 @@ def go_on(out):
 
 
 def write_atomically(path, write, previous=None):
-    """write(file) beside `path`, then renamed: a kill or a full disk loses nothing. The old: `previous`."""
+    """write(file) beside `path`, then renamed: a kill or a full disk loses nothing.
+
+    previous: the name that the old file gets; None replaces it.
+    """
     try:
         with open(path + ".tmp", "wb") as f:
             write(f)
@@ -489,10 +492,14 @@ def read_checkpoint(out):
 def resume(args, settings, free, advice="another --out starts afresh"):
     """The checkpoint that --resume goes on from, or None. Refuses one whose settings, but `free`, differ."""
     state = read_checkpoint(args.out) if args.resume else None
+    fault = ""
     if state and "settings" not in state:
-        leave(f"{args.out}/checkpoint.pth is no checkpoint of {os.path.basename(sys.argv[0])}")
-    if state and (differ := differences(state["settings"], settings, free)):
-        leave(f"cannot resume {args.out} with other settings: {differ}; {advice}")
+        fault = f"{args.out}/checkpoint.pth is no checkpoint of {os.path.basename(sys.argv[0])}"
+    elif state and (differ := differences(state["settings"], settings, free)):
+        fault = f"cannot resume {args.out} with other settings: {differ}; {advice}"
+    fault = max(gather_objects(fault))      # one rank's is all ranks'; "" is the smallest
+    if fault:
+        leave(fault)
     return state
 
 
@@ -557,7 +564,7 @@ def find_images(folder):
                 others[os.fsdecode(ending)] += 1
     if others:
         kinds = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(5))
-        say(f"{folder}: {others.total()} files left out, whose endings are not read: {kinds}")
+        say(f"{folder}: {others.total()} files left out, hidden or of endings that are not read: {kinds}")
     return sorted(found)
 
 

@@ -20,7 +20,7 @@ MANY = ["--image-size", 64, "--images", 60, "--train-images", 60]
 
 
 def composites(paths, seed=0):
-    entries = probe_box.composites([(path, "") for path in paths], 64, seed)
+    entries = probe_box.composites([(path, "") for path in paths], 64, seed, "swap")
     return probe_box.Boxes(entries, 64, seed, "loose")
 
 
@@ -35,6 +35,15 @@ def patterns(tmp_path_factory):
             image = colours[i].repeat_interleave(20, dim=1).repeat_interleave(20, dim=2)
             torchvision.io.write_png(image, os.path.join(folder, split, f"{i}.png"))
     return folder
+
+
+def test_the_splits_have_places_and_loose_boxes_of_their_own(patterns):
+    """A linear layer must not have seen the geometry that it is asked for."""
+    args = probe_box.get_args(["random", str(patterns), "--device", "cpu", "--image-size", "64"])
+    train, val = probe_box.find_data(args)[0]["loose"]
+    boxes = [{entry[2] for entry in split.entries} for split in (train, val)]
+    assert len(boxes[0]) == 2 and len(boxes[1]) > 20 and not boxes[0] & boxes[1]
+    assert train.seeds != val.seeds
 
 
 # ---- swap: networks of which the answer is known ---------------------------------------------------------

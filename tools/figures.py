@@ -345,8 +345,8 @@ def draw_loose(runs, data, out, size):
     """A row for each composite, a column for each net: the pasted box, a loose one, its correction."""
     folder = os.path.join(data, "train")
     paths = [(os.path.join(folder, os.fsdecode(name)), "") for name in stage.find_images(folder)]
-    entries = probe_box.composites(probe_box.some_of(paths, 2000, 0, "subset"), size, 0)
-    dataset = probe_box.Boxes(entries, size, 0, "loose")
+    entries = probe_box.composites(probe_box.some_of(paths, 2000, 0, "subset"), size, 0, "train")
+    dataset = probe_box.Boxes(entries, size, 0, "loose of train")
     pairs = ((CAT, ROCKET), (ASTRONAUT, COFFEE), (COFFEE, RETINA))
     images, boxes = map(torch.stack, zip(*[composite_of(*pair, size) for pair in pairs]))
     loose = jitter_boxes(boxes, grid_anchors(size), generator=generator_for(0, "loose", size))

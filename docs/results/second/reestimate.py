@@ -23,7 +23,7 @@ nets, _ = frozen_nets(args, "c4", "cpu")
 net = nets["random" if run in RESNETS else "given"]
 train = probe_box.with_folders(probe_box.stage.find_splits(args)[0], f"{photos}/train/")
 order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:len(train) // 32 * 32][:1024]
-entries = probe_box.composites([train[i] for i in order], args.image_size, args.seed)
+entries = probe_box.composites([train[i] for i in order], args.image_size, args.seed, "swap")
 composites = probe_box.Boxes(entries, args.image_size, args.seed, "loose")
 
 
