@@ -134,14 +134,16 @@ def find_data(args):
     """DATA -> paths, a NumPy bytes array, in the order of names, or of a list; their number and digest."""
     stage.check_new(args, ("log.jsonl", "checkpoint.pth", "checkpoint_prev.pth"))
     if os.path.isdir(args.data):
-        root = choose_split(args.data)
+        source = root = choose_split(args.data)
         names = stage.find_images(root)
+        looked_for = f"; looked for: {b' '.join(stage.ENDINGS).decode()}"
     else:
-        root, names = read_list(args.data)
+        source = args.data
+        root, names = read_list(source)
+        looked_for = ""
     needed = f"--preview {args.preview}" if args.preview else f"--batch-size {args.batch_size}"
     if len(names) < (args.preview or args.batch_size):
-        raise stage.Refusal(f"{args.data} has {len(names)} images, less than {needed}; looked for: "
-                            f"{b' '.join(stage.ENDINGS).decode()}")
+        raise stage.Refusal(f"{source} has {len(names)} images, less than {needed}{looked_for}")
     paths = np.array([os.path.join(os.fsencode(root), name) for name in names])
     return paths, f"{len(names)} files {stage.digest(names)}"
 
