@@ -10,20 +10,21 @@ It does not measure that. These three protocols do; they are ours. A random net 
 trained. swap.png shows on which pixels the feature depends.
 
 `loose`: a detector does not know the true box. Linear layers of its head name the class and regress the
-offsets to the true box, both from the feature of a loose one. So eight anchors with IoU > .5 stand beside
-each pasted box. How alike are their features to its own (cosine, of both less their means)? Does a linear
-layer that was trained on pasted boxes name the class from loose ones, where DATA has class folders? How much
-of the offsets does one explain (R2: 1 is all, 0 is chance)? An anchor's corners explain a part of them
-without any picture, since a small anchor must grow. So R2 is given for features, for corners, and for
-features on what corners leave. loose.png shows examples.
+offsets to the true box, both from the feature of a loose one. So eight anchors with IoU > .5 are drawn for
+each pasted box, as InsLoc draws them for its queries. How alike are their features to the pasted box's own
+(cosine, of both less their means)? Does a linear layer name the class from them, where DATA has class
+folders, be it trained on own boxes or on loose ones? How much of the offsets does a linear layer explain (R2:
+1 is all, 0 is chance)? An anchor's corners explain a part of them without any picture, since a small anchor
+must grow. So R2 is given for features, for corners, and for features on what corners leave. loose.png shows
+examples.
 
 `boxes`: the same for real boxes of photographs, which are squashed to the canvas.
 """
 import argparse
 import copy
 import json
-import math
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,9 @@ def get_args(argv=None):
     args.protocol = args.protocol or PROTOCOLS[:3 if args.boxes else 2]
     if "boxes" in args.protocol and not args.boxes:
         parser.error("--protocol boxes needs --boxes TRAIN.json TRAIN_DIR VAL.json VAL_DIR")
-    if min(args.images, args.train_images) <= max(3, args.world):
-        parser.error("--images and --train-images must be at least 4, and more than processes")
+    least = 4 if args.protocol == ["swap"] else 10
+    if min(args.images, args.train_images) < max(least, args.world + 1):
+        parser.error(f"--images and --train-images must be at least {least}, and more than processes")
     if args.image_size % 32 or args.image_size < 64:
         parser.error("--image-size must be a multiple of 32 from 64 on")
     args.out = args.out or "runs/box_" + os.path.basename(os.path.abspath(args.weights)).split(".")[0]
@@ -74,7 +76,7 @@ def get_args(argv=None):
 # ---- Data: a split is a list of (path, class), or of entries (path, class, box, path of a background) ----
 
 def find_data(args):
-    """{protocol: [its data set of train, of val]}, and a digest of all images' names and of all boxes."""
+    """{protocol: [its data set of train, of val]}, and a digest of the images' names and the label files."""
     size, seed = args.image_size, args.seed
     train, val, digest = stage.find_splits(args)
     train = with_folders(train, os.path.join(args.data, "train", ""))
@@ -88,8 +90,7 @@ def find_data(args):
         needed = max(10, args.world + 1)                # an even number is used, one a process
         train = read_boxes(*args.boxes[:2], needed)
         val = read_boxes(*args.boxes[2:], needed)
-        content = [entry[1:3] for entry in train + val]
-        digest = stage.digest([digest.encode(), repr(content).encode()])
+        digest = stage.digest([digest.encode(), *[Path(name).read_bytes() for name in args.boxes[::2]]])
         train = some_of(train, args.train_images, seed, "boxes")
         val = some_of(val, args.images, seed, "boxes")
         data["boxes"] = [Boxes(split, size, seed, "boxes") for split in (train, val)]
@@ -97,9 +98,19 @@ def find_data(args):
 
 
 def some_of(split, count, *seeds):
-    """At most `count` entries, by lot; an even number, since the images of composites are pairs."""
-    order = torch.randperm(len(split), generator=generator_for(*seeds))[:count]
-    return [split[i] for i in order[:len(order) // 2 * 2]]
+    """At most `count` entries, by lot, those of a photograph together.
+
+    They are an even number, since the images of composites are pairs.
+    """
+    of_photo = {}
+    for entry in split:
+        of_photo.setdefault(entry[0], []).append(entry)
+    photos = list(of_photo.values())
+    chosen = []
+    for i in torch.randperm(len(photos), generator=generator_for(*seeds)):
+        chosen += photos[i]
+    chosen = chosen[:count]
+    return chosen[:len(chosen) // 2 * 2]
 
 
 def with_folders(paths, root):
@@ -116,8 +127,9 @@ def read_boxes(json_path, folder, needed):
         files = {image["id"]: os.path.join(folder, image["file_name"]) for image in content["images"]}
         for entry in content["annotations"]:
             x, y, w, h = map(float, entry["bbox"])
+            category = int(entry["category_id"])
             if not entry.get("iscrowd"):
-                boxes.append((files[entry["image_id"]], entry["category_id"], (x, y, x + w, y + h), None))
+                boxes.append((files[entry["image_id"]], category, (x, y, x + w, y + h), None))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise stage.Refusal(f"{json_path} is no COCO json of boxes: {reason}") from error
@@ -221,13 +233,23 @@ def swap_scores(features):
     """
     sets = F.normalize(features - features.mean(dim=0), dim=2)
     a, b = sets.unbind(dim=1)
-    own = torch.arange(len(a))
     twins = sets[0::2] @ sets[1::2].transpose(1, 2)             # (N / 2, 2, 2): by the backgrounds of the two
     return {"same_instance": (a * b).sum(dim=1).mean().item(),
             "same_background": twins.diagonal(dim1=1, dim2=2).mean().item(),
             "same_place": twins.flip(2).diagonal(dim1=1, dim2=2).mean().item(),
-            "top1": 100 * ((a @ b.T).argmax(dim=1) == own).double().mean().item(),
+            "top1": 100 * ((a @ b.T).argmax(dim=1) == torch.arange(len(a))).double().mean().item(),
             "chance": 100 / len(a)}
+
+
+def energy_map(net, images, boxes):
+    """uint8 images (N, 3, S, S), boxes (N, 1, 4) -> pixel energy over 16 directions (N, 1, S / 4, S / 4)."""
+    device = net.pixels.mean.device
+    x = net.pixels(images.to(device)).requires_grad_()
+    energy = 0
+    for t in range(16):
+        features = net.features(x, boxes.to(device)).flatten(1)
+        energy += pixel_energy(features, x, [("draw", t, i) for i in range(len(images))])
+    return F.avg_pool2d(energy[:, None], 4)                             # strides leave a pattern of squares
 
 
 def draw_swap(nets, dataset, path):
@@ -239,12 +261,7 @@ def draw_swap(nets, dataset, path):
     boxes = boxes[:, :1]
     rows = [images]
     for net in nets.values():
-        x = net.pixels(images.to(net.pixels.mean.device)).requires_grad_()
-        energy = 0
-        for t in range(16):
-            features = net.features(x, boxes.to(x.device)).flatten(1)
-            energy += pixel_energy(features, x, [("draw", t, i) for i in range(4)])
-        energy = F.avg_pool2d(energy[:, None], 4)                       # strides leave a pattern of squares
+        energy = energy_map(net, images, boxes)
         energy = F.interpolate(energy / energy.amax(dim=(2, 3), keepdim=True), scale_factor=4)
         rows.append((255 * energy.sqrt()).byte().cpu().expand(-1, 3, -1, -1))
     cells = []
@@ -287,10 +304,10 @@ def ridge(x, y, held_out):
     covariance = x_fit.T @ x_fit / len(x_fit) - torch.outer(x_mean, x_mean)                      # (D, D)
     with_y = x_fit.T @ (y_fit - y_mean) / len(x_fit)                                             # (D, K)
     values, vectors = torch.linalg.eigh(covariance)
-    least = math.inf
+    least = torch.inf
     layer = nn.Linear(x.shape[1], y.shape[1], dtype=torch.float64).requires_grad_(False)
     for strength in STRENGTHS:
-        shrunk = values.clamp(min=0) + strength * values.mean()
+        shrunk = values.clamp(min=0) + strength * values.mean().clamp(min=1e-12)        # x may be constant
         weight = vectors @ (vectors.T @ with_y / shrunk[:, None])                                # (D, K)
         bias = y_mean - x_mean @ weight
         error = (x[:held_out] @ weight + bias - y[:held_out]).square().mean()
@@ -320,10 +337,10 @@ def loose_rows(features, boxes, size):
 
 
 def class_scores(train_features, train_classes, features, classes):
-    """Top-1 in %, of pasted boxes and of loose ones, of a layer that was trained on pasted boxes.
+    """Top-1 in %: class_own and class_loose of one layer, which was trained on each picture's own boxes.
 
-    Features (N, M, D), lists of N classes. Chance is the largest class's share. {} unless train and val share
-    two classes.
+    The layer of class_loose_trained was trained on loose boxes, as a detector's is. Features (N, M, D), lists
+    of N classes. Chance is the largest class's share. {} unless train and val share two classes.
     """
     if len({*train_classes} & {*classes}) < 2:
         return {}
@@ -331,9 +348,15 @@ def class_scores(train_features, train_classes, features, classes):
     train_wanted = torch.tensor(list(map(names.index, train_classes)))
     wanted = torch.tensor(list(map(names.index, classes)))
     targets = F.one_hot(train_wanted, len(names)).double()
-    layer = ridge(train_features[:, 0].double(), targets, len(targets) // 10)
-    right = (layer(features.double()).argmax(dim=2) == wanted[:, None]).double()                 # (N, M)
-    return {"class_pasted": 100 * right[:, 0].mean().item(), "class_loose": 100 * right[:, 1:].mean().item(),
+    x_own = train_features[:, 0].double()
+    x_loose = train_features[:, 1:].double().flatten(0, 1)
+    of_own = ridge(x_own, targets, len(targets) // 10)
+    of_loose = ridge(x_loose, targets.repeat_interleave(LOOSE, dim=0), len(targets) // 10 * LOOSE)
+    right = (of_own(features.double()).argmax(dim=2) == wanted[:, None]).double()                # (N, M)
+    loose_right = of_loose(features[:, 1:].double()).argmax(dim=2) == wanted[:, None]            # (N, LOOSE)
+    return {"class_own": 100 * right[:, 0].mean().item(),
+            "class_loose": 100 * right[:, 1:].mean().item(),
+            "class_loose_trained": 100 * loose_right.double().mean().item(),
             "class_chance": 100 * wanted.bincount().max().item() / len(wanted)}
 
 
@@ -381,8 +404,8 @@ def main(rank, device, args, data, data_digest):
     for name, source in sources.items():
         stage.say(f"{name}: {source}")
     for protocol in args.protocol:
-        train, val = map(len, data[protocol])
-        stage.say(f"{protocol}: {train} pictures of train, {val} of val")
+        n_train, n_val = map(len, data[protocol])
+        stage.say(f"{protocol}: {n_train} pictures of train, {n_val} of val")
     stage.say(f"{args.world} x {args.device}")
 
     def load(dataset, items):
@@ -391,24 +414,18 @@ def main(rank, device, args, data, data_digest):
         for loaded in stage.load(dataset, batches, args.workers, pin_memory=args.device == "cuda"):
             yield [tensor.to(device, non_blocking=True) for tensor in loaded]
 
-    def encode(net, dataset, with_energy=False):
-        """RoI features (N, M, D), boxes (N, M, 4), on the CPU, the same on all ranks; each encodes a part.
-
-        With energy M is 1, and a third tensor (N,) says which part of the pixel energy lies in the box.
-        """
+    def encode(net, dataset, n_boxes, gradient=False):
+        """Batches of this rank: items (n,), the net's input, boxes (n, M, 4), RoI features (n, M, D)."""
         own = torch.arange(len(dataset)).tensor_split(args.world)[rank]
-        parts = []
         for items, (pictures, boxes) in zip(own.split(BATCH), load(dataset, own)):
-            boxes = boxes[:, :1] if with_energy else boxes
-            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_(with_energy)
+            boxes = boxes[:, :n_boxes]
+            x = net.pixels(pictures).contiguous(memory_format=torch.channels_last).requires_grad_(gradient)
             with torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
                 features = net.features(x, boxes)                                       # (n * M, levels, D)
-            features = features.float().unflatten(0, boxes.shape[:2]).flatten(2)
-            part = [features.detach(), boxes]
-            if with_energy:
-                seeds = [(args.seed, "direction", image) for image in (items // 2).tolist()]
-                part.append(share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0]))
-            parts.append(part)
+            yield items, x, boxes, features.float().unflatten(0, boxes.shape[:2]).flatten(2)
+
+    def gather(parts):
+        """Tuples of tensors (n, ...), one a batch -> these of all ranks' items (N, ...), on the CPU."""
         parts = [torch.cat(tensors).cpu() for tensors in zip(*parts)]
         whole = list(map(torch.cat, zip(*stage.gather_objects(parts))))
         for tensor in whole:
@@ -417,9 +434,14 @@ def main(rank, device, args, data, data_digest):
         return whole
 
     def swap(net, train, val):
-        """The figures of `swap`."""
-        features, boxes, inside = encode(net, val, with_energy=True)
-        area = (boxes[:, 0, 2:] - boxes[:, 0, :2]).prod(dim=1) / args.image_size ** 2
+        """The figures of `swap`: features of val's pasted boxes, and which part of the energy lies inside."""
+        parts = []
+        for items, x, boxes, features in encode(net, val, n_boxes=1, gradient=True):
+            seeds = [(args.seed, "direction", image) for image in (items // 2).tolist()]
+            inside = share_inside(pixel_energy(features[:, 0], x, seeds), boxes[:, 0])
+            parts.append((features.detach(), boxes[:, 0], inside))
+        features, boxes, inside = gather(parts)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / args.image_size ** 2
         return {**swap_scores(features.view(-1, 2, features.shape[2])),     # an image on its two backgrounds
                 "gradient_inside": inside.mean().item(), "area_inside": area.mean().item()}
 
@@ -427,8 +449,10 @@ def main(rank, device, args, data, data_digest):
         """The figures of `loose` and `boxes`, of the pictures that have loose boxes with IoU > .5."""
         splits = []
         for dataset in (train, val):
-            features, boxes = encode(net, dataset)
-            items = (box_iou(boxes[:, 0], boxes[:, 1]).diagonal() > 0.5).nonzero()[:, 0]
+            parts = [(features, boxes) for _, _, boxes, features in encode(net, dataset, 1 + LOOSE)]
+            features, boxes = gather(parts)
+            iou = torch.cat([box_iou(box, loose_box)[0] for box, loose_box in boxes[:, :2, None]])
+            items = (iou > 0.5).nonzero()[:, 0]
             if len(items) < 10:
                 stage.leave(f"{len(items)} boxes of a split have an anchor with IoU > .5; 10 are needed")
             classes = [dataset.entries[item][1] for item in items]
@@ -436,16 +460,16 @@ def main(rank, device, args, data, data_digest):
         result = loose_scores(*splits, args.image_size)
         return {**result, "left_out": len(val) - result["pictures"]}
 
-    nets_of = dict.fromkeys(PROTOCOLS, nets)
+    estimated = {}
     if args.protocol != ["swap"]:
         # A trained net has BatchNorm statistics of its training's pictures; so a random one gets them, too,
         # but for `swap`, which shows the plain one.
-        estimated = copy.deepcopy(nets["random"])
+        random_bn = copy.deepcopy(nets["random"])
         pictures = data["loose"][0]
-        estimate_batchnorm(estimated, load(pictures, torch.arange(min(1024, len(pictures)))))
-        nets_of["loose"] = {"random_bn": estimated, **nets}
-        del nets_of["loose"]["random"]
-        nets_of["boxes"] = nets_of["loose"]
+        estimate_batchnorm(random_bn, load(pictures, torch.arange(min(1024, len(pictures)))))
+        estimated = {"random_bn": random_bn, **nets}
+        del estimated["random"]
+    nets_of = {"swap": nets, "loose": estimated, "boxes": estimated}
 
     found = {}
     for line in state["lines"] if state else []:

@@ -249,12 +249,15 @@ def loose(lights, tmp_path, monkeypatch):
     return run
 
 
-def test_who_is_told_the_pasted_box_explains_all_of_the_offsets(loose):
+def test_who_is_told_the_pasted_box_explains_all_of_the_offsets(loose, lights):
     line = loose(ToldThePastedBox)
     assert line["offsets"] == pytest.approx(1, abs=1e-4)
     assert line["offsets_beyond_corners"] == pytest.approx(1, abs=1e-3)
     assert len(line["examples"]) == 8
-    for _, pasted, loose_box, corrected in line["examples"]:
+    args = probe_box.get_args(["random", str(lights), "--device", "cpu", "--image-size", "64"])
+    val = probe_box.find_data(args)[0]["loose"][1]
+    for item, pasted, loose_box, corrected in line["examples"]:
+        assert [pasted, loose_box] == val[item][1][:2].tolist()
         assert corrected == pytest.approx(pasted, abs=0.1) and loose_box != pytest.approx(pasted, abs=1)
 
 
@@ -263,7 +266,7 @@ def test_who_is_blind_to_the_border_explains_nothing_and_names_the_class(loose):
     for key in ("offsets", "offsets_beyond_corners"):
         assert -0.1 < line[key] < 0.02                              # below 0: what does not hold on new data
     assert line["cosine"] == pytest.approx(1, abs=1e-3)
-    assert line["class_pasted"] == line["class_loose"] == 100
+    assert line["class_own"] == line["class_loose"] == line["class_loose_trained"] == 100
 
 
 def test_who_knows_the_corners_alone_explains_something_and_nothing_beyond_them(loose):
@@ -391,16 +394,31 @@ def test_rows_of_loose_boxes_by_hand():
     assert row == 5
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_layer_on_features_that_are_all_the_same_gives_the_mean(seed):
+    torch.manual_seed(seed)
+    y = torch.rand(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layer = probe_box.ridge(torch.full((40, 3), 0.0, dtype=torch.float64), y, 4)
+    torch.testing.assert_close(layer(torch.zeros(1, 3, dtype=torch.float64))[0], y[4:].mean(dim=0))
+
+
 def test_class_scores_against_a_loop():
-    """Means of two well separated classes: the loose boxes of picture 0 look like the other class's."""
+    """Means of two well separated classes: the loose boxes of picture 0 look like the other class's.
+
+    Where all loose boxes do, a layer that was trained on them is right, and the one of own boxes wrong.
+    """
     generator = torch.Generator().manual_seed(0)
     names = ["cat", "dog"] * 20
     centre = torch.tensor([[5.0, 0, 0], [0, 5, 0]]).repeat(20, 1)[:, None]
-    features = centre + 0.1 * torch.randn(40, 3, 3, generator=generator)
+    features = centre + 0.1 * torch.randn(40, 1 + probe_box.LOOSE, 3, generator=generator)
     features[0, 1:] = features[1, 1:]
     found = probe_box.class_scores(features, names, features[:15], names[:15])
-    assert found == {"class_pasted": 100, "class_loose": pytest.approx(100 * 28 / 30),
+    assert found == {"class_own": 100, "class_loose": pytest.approx(100 * 14 / 15),
+                     "class_loose_trained": pytest.approx(100 * 14 / 15),
                      "class_chance": pytest.approx(100 * 8 / 15)}
+    features[:, 1:] = features[:, 1:].roll(1, dims=0)
+    found = probe_box.class_scores(features, names, features[2:17], names[2:17])
+    assert (found["class_own"], found["class_loose"], found["class_loose_trained"]) == (100, 0, 100)
     assert probe_box.class_scores(features, [""] * 40, features, [""] * 40) == {}
 
 
@@ -408,15 +426,19 @@ def test_batchnorms_statistics_are_averages_over_the_batches():
     net = insloc.C4Encoder("narrow18", roi_size=4).eval().requires_grad_(False)
     net.pixels = weights.Pixels(weights.random_weights())
     images = torch.randint(256, (3, 4, 3, 64, 64), dtype=torch.uint8)
-    boxes = torch.tensor([[[0.0, 0, 32, 32]]]).expand(4, 1, 4)
-    inputs = []
-    net.resnet.bn1.register_forward_hook(lambda module, given, result: inputs.append(given[0]))
+    boxes = torch.tensor([[[0.0, 0, 32, 32], [32, 32, 64, 64]]]).expand(4, 2, 4)
+    layers = (net.resnet.bn1, net.resnet.layer4[0].bn1)                     # of the picture, of its first box
+    inputs = {layer: [] for layer in layers}
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, result: inputs[module].append(given[0]))
     probe_box.estimate_batchnorm(net, [(batch, boxes) for batch in images])
-    means = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs])
-    variances = torch.stack([x.var(dim=(0, 2, 3)) for x in inputs])
-    assert not net.training and len(inputs) == 3
-    torch.testing.assert_close(net.resnet.bn1.running_mean, means.mean(dim=0))
-    torch.testing.assert_close(net.resnet.bn1.running_var, variances.mean(dim=0))
+    assert not net.training
+    for layer in layers:
+        means = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs[layer]])
+        variances = torch.stack([x.var(dim=(0, 2, 3)) for x in inputs[layer]])
+        assert len(means) == 3
+        torch.testing.assert_close(layer.running_mean, means.mean(dim=0))
+        torch.testing.assert_close(layer.running_var, variances.mean(dim=0))
 
 
 # ---- boxes -----------------------------------------------------------------------------------------------
@@ -454,6 +476,26 @@ def test_real_boxes_are_scaled_with_their_photographs(real):
         assert image.shape == (3, 64, 64) and boxes[0].tolist() == pytest.approx([x, y, x + w, y + h])
 
 
+def test_a_box_of_a_photograph_that_is_not_square(tmp_path):
+    photo = torch.zeros(3, 80, 120, dtype=torch.uint8)
+    photo[:, 20:60, 30:90] = 255
+    torchvision.io.write_png(photo, str(tmp_path / "a.png"))
+    dataset = probe_box.Boxes([(str(tmp_path / "a.png"), 1, (30.0, 20.0, 90.0, 60.0), None)], 64, 0, "boxes")
+    image, boxes = dataset[0]
+    assert boxes[0].tolist() == [16, 16, 48, 48]
+    assert image[:, 18:46, 18:46].min() == 255 and image[:, :14].max() == image[:, :, 50:].max() == 0
+
+
+def test_a_photographs_boxes_stay_together():
+    """So none of them is among those that choose a linear layer's strength while another trains the layer."""
+    split = [(f"{i % 7}.jpg", 1, (0, 0, i, i), None) for i in range(70)]
+    chosen = probe_box.some_of(split, 35, 0, "boxes")
+    photos = [entry[0] for entry in chosen]
+    assert len(chosen) == 34 and len(set(chosen)) == 34
+    assert len([photo for photo, before in zip(photos, ["", *photos]) if photo != before]) == 4
+    assert photos != [entry[0] for entry in probe_box.some_of(split, 35, 1, "boxes")]
+
+
 def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):  # noqa: F811
     result = probe(probe_box, *NARROW, few, *MANY, "--boxes", *real, "--out", tmp_path / "out")
     swap, loose, boxes = result["lines"]
@@ -463,9 +505,27 @@ def test_real_boxes_have_the_same_figures_and_a_picture(real, few, tmp_path):  #
         assert torchvision.io.read_image(str(tmp_path / "out" / f"{name}.png")).shape[0] == 3
 
 
+def test_labels_with_other_pictures_are_another_run(real, few):  # noqa: F811
+    def digest():
+        return probe_box.find_data(probe_box.get_args(argv))[1]
+
+    argv = [str(word) for word in ("random", few, "--device", "cpu", *SIZES, "--boxes", *real)]
+    before = digest()
+    assert digest() == before
+    real[0].write_text(real[0].read_text().replace('"1.png"', '"2.png"'))
+    assert digest() != before
+
+
+def test_too_few_images_are_refused_before_anything_is_measured(few, tmp_path, refusal):  # noqa: F811
+    argv = ["--image-size", 64, "--images", 9, "--out", tmp_path / "out"]
+    assert "at least 10" in refusal(probe_box, *NARROW, few, *argv)
+
+
 @pytest.mark.parametrize("content, said", [
     ("", "no COCO json"), ("{}", "KeyError: 'images'"), ("[]", "TypeError"),
-    ('{"images": [], "annotations": []}', "has 0 boxes")])
+    ('{"images": [], "annotations": []}', "has 0 boxes"),
+    ('{"images": [{"id": 1, "file_name": "0.png"}], '
+     '"annotations": [{"image_id": 1, "bbox": [0, 0, 9, 9], "category_id": "cat"}]}', "ValueError")])
 def test_a_json_that_is_none_is_named(content, said, real, few, tmp_path, refusal):  # noqa: F811
     real[2].write_text(content)
     line = refusal(probe_box, *NARROW, few, *SIZES, "--boxes", *real, "--out", tmp_path / "out")

@@ -1,7 +1,7 @@
 """The last words of `make demo` and `make demo-detect`, from the files of their runs.
 
     python tools/demo.py pairs runs/demo runs/demo_knn
-    python tools/demo.py detector runs/demo_detect runs/demo_detect_random
+    python tools/demo.py detector runs/detect-pretrained runs/detect-random
 """
 import json
 import sys
@@ -62,15 +62,15 @@ def detector(given, random):
         each = "".join(f"{value:8.1f}" for value in figures[name])
         rows.append(f"{name:<24}{each:<40}{mean(figures[name]):.1f}")
     last = {
-        "given": "Pre-training helped here, by more than the seeds differ. How much it helps on photographs\n"
-                 "is another question: these are generated pictures, and few steps.",
-        "random": "Here pre-training did harm, by more than the seeds differ. These are generated pictures,\n"
-                  "and few steps.",
+        "given": "Pre-training helped here, by more than the detector's seeds differ. How much it helps on\n"
+                 "photographs is another question: these are generated pictures, and one short pre-training.",
+        "random": "Here pre-training did harm, by more than the detector's seeds differ. These are\n"
+                  "generated pictures, and one short pre-training.",
         "": "This does not show that pre-training helps, since the seeds differ about as much as the rows.\n"
             "It shows that the chain runs, from pictures without labels to a detector and its AP.",
     }[verdict(*figures.values())]
     look = f"""
-trial0/detections.png in {given} and {random} shows
+trial0/detections.png in {given} and {random} show
 boxes that were found, beside the true ones."""
     return "\n".join([look, *rows, last])
 

@@ -20,7 +20,6 @@ import sys
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -289,22 +288,12 @@ def composite_of(instance, background, size):
 
 
 def frozen(path, size):
-    """The net of a run, and what makes its input of uint8 images."""
+    """The net of a run; `.pixels` makes its input of uint8 images."""
     weights = read_weights(path)
     net = C4Encoder(weights.resnet, roi_size=size // 16).eval().requires_grad_(False)
     load_trunk(net.resnet, weights)
-    return net, Pixels(weights)
-
-
-def energy_of(net, pixels, images, boxes, directions=16):
-    """How much the box's feature depends on each pixel, (N, S, S), as probe_box.py measures it."""
-    x = pixels(images).requires_grad_()
-    energy = 0
-    for t in range(directions):
-        features = net.features(x, boxes)[:, 0]
-        seeds = [("draw", t, i) for i in range(len(images))]
-        energy = energy + probe_box.pixel_energy(features, x, seeds)
-    return energy
+    net.pixels = Pixels(weights)
+    return net
 
 
 def draw_swap(runs, out, size):
@@ -324,18 +313,17 @@ def draw_swap(runs, out, size):
     for row in range(2):
         panel(row, 0, images[row].permute(1, 2, 0), "the cat, twice")
     for column, (name, path) in enumerate(runs, 1):
-        energy = energy_of(*frozen(path, size), images, boxes)
-        blurred = F.avg_pool2d(energy[:, None], 4)[:, 0]            # strides leave a pattern of squares
+        energy = probe_box.energy_map(frozen(path, size), images, boxes[:, None])
         for row in range(2):
-            panel(row, column, blurred[row].sqrt(), name, cmap="gray", vmin=0)
+            panel(row, column, energy[row, 0].sqrt(), name, cmap="gray", vmin=0)
     figure.savefig(os.path.join(out, "swap.png"))
 
 
-def correction_layer(net, pixels, dataset, size):
+def correction_layer(net, dataset, size):
     """probe_box.py's linear layer from the feature of a loose box to its offsets, trained on `dataset`."""
     features, boxes = [], []
     for images, some in torch.utils.data.DataLoader(dataset, batch_size=64):
-        features.append(net.features(pixels(images), some).unflatten(0, some.shape[:2]).flatten(2))
+        features.append(net.features(net.pixels(images), some).unflatten(0, some.shape[:2]).flatten(2))
         boxes.append(some)
     x, _, offsets = probe_box.loose_rows(torch.cat(features), torch.cat(boxes), size)
     return probe_box.ridge(x, offsets, held_out=len(x) // 10)
@@ -352,9 +340,9 @@ def draw_loose(runs, data, out, size):
     loose = jitter_boxes(boxes, grid_anchors(size), generator=generator_for(0, "loose", size))
     figure, panels = pyplot.subplots(3, len(runs), figsize=(2.2 * len(runs), 6.8), dpi=100, squeeze=False)
     for column, (name, path) in enumerate(runs):
-        net, pixels = frozen(path, size)
-        layer = correction_layer(net, pixels, dataset, size)
-        features = net.features(pixels(images), loose)[:, 0]
+        net = frozen(path, size)
+        layer = correction_layer(net, dataset, size)
+        features = net.features(net.pixels(images), loose)[:, 0]
         corrected = probe_box.moved_by(loose, layer(features.double()))
         panels[0, column].set_title(name, fontsize=11, pad=4)
         for row, axes in enumerate(panels[:, column]):
