@@ -540,7 +540,7 @@ def main(rank, device, args, paths, data_digest):
         for group in batch:
             for index in sorted(set(group["unreadable"]) - unreadable):
                 path = os.fsdecode(paths[index])
-                print(f"cannot read {path!r}: another image takes its place", flush=True)
+                stage.write_line(f"cannot read {path!r}: another image takes its place", sys.stdout)
             unreadable.update(group["unreadable"])
 
         # The key encoder follows the query encoder. MoCo does this after the queries' forward pass, which is

@@ -62,7 +62,7 @@ def leave(message, status=1):
     """Ends a run that all ranks leave in the same step. Rank 0 says why; status 1 is an error."""
     program = f"{os.path.basename(sys.argv[0])}: error: " if status == 1 else ""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(program + message, file=sys.stderr, flush=True)
+        write_line(program + message, sys.stderr)
     gather_objects(None)                    # a launcher kills the others as soon as one has left
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -73,17 +73,26 @@ def end(refusal):
     """Ends this process with the line of a Refusal and status 1."""
     line = f"{os.path.basename(sys.argv[0])}: error: {refusal}"
     if dist.is_initialized():               # at once: else the others miss it, and are heard of first
-        print(line, file=sys.stderr, flush=True)
+        write_line(line, sys.stderr)
         end_workers()
         os._exit(1)
     sys.exit(line)
 
 
-def say(*words):
+def say(line):
     """print, once for all processes: on rank 0."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(*words, flush=True)
+        write_line(line, sys.stdout)
+
+
+def write_line(line, stream):
+    """print at once. If nobody can read the stream any more, it asks for what a closed terminal asks for."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:                         # the terminal is gone, or what the output is piped into
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())          # later lines go nowhere
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def attempt(what, function, *given):
@@ -263,7 +272,7 @@ def run(rank, rendezvous, main, args, prepared):
         if os.getpid() == process:                                  # a loader worker inherits this
             if rank == 0:
                 name = signal.Signals(number).name
-                print(f"stopped by {name}{go_on(args.out)}", file=sys.stderr, flush=True)
+                write_line(f"stopped by {name}{go_on(args.out)}", sys.stderr)
             end_workers()
         os._exit(128 + number)
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import math
 import os
+import pty
 import re
 import shutil
 import signal
@@ -537,6 +538,27 @@ def test_a_hangup_is_ignored_under_nohup(photos, tmp_path):
     wait_for_step(process, tmp_path, 2)
     os.killpg(process.pid, signal.SIGHUP)
     finish(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, terminal", [(1, True), (2, True), (2, False)])
+def test_output_that_nobody_can_read_any_more_costs_no_step(photos, tmp_path, count, terminal):
+    """A closed terminal fails every line from then on; so does a pipe into a program that has ended."""
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    options = [*RUN, "--epochs", 999, "--save-steps", 9999, "--nprocs", count, "--out", tmp_path, photos]
+    process = subprocess.Popen([sys.executable, pretrain.__file__, *map(str, options)], env=ENV, stdout=theirs,
+                               stderr=theirs if terminal else subprocess.PIPE, start_new_session=True)
+    os.close(theirs)
+    wait_for_step(process, tmp_path, 2)
+    os.close(ours)
+    if terminal:
+        os.killpg(process.pid, signal.SIGHUP)                   # the kernel's, which precedes the errors
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 129
+    if not terminal:
+        assert re.fullmatch(r"stopped by SIGHUP after step \d+; the same command with --resume goes on\n",
+                            err.decode())
+    assert state_of(tmp_path)["step"] == len(lines(tmp_path)) >= 2
 
 
 @pytest.mark.slow
