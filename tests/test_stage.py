@@ -546,8 +546,9 @@ def test_output_that_nobody_can_read_any_more_costs_no_step(photos, tmp_path, co
     """A closed terminal fails every line from then on; so does a pipe into a program that has ended."""
     ours, theirs = pty.openpty() if terminal else os.pipe()
     options = [*RUN, "--epochs", 999, "--save-steps", 9999, "--nprocs", count, "--out", tmp_path, photos]
-    process = subprocess.Popen([sys.executable, pretrain.__file__, *map(str, options)], env=ENV, stdout=theirs,
-                               stderr=theirs if terminal else subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, pretrain.__file__, *map(str, options)]
+    process = subprocess.Popen(command, env=ENV, stdout=theirs, start_new_session=True,
+                               stderr=theirs if terminal else subprocess.PIPE)
     os.close(theirs)
     wait_for_step(process, tmp_path, 2)
     os.close(ours)
