@@ -87,11 +87,13 @@ def say(line):
 
 
 def write_line(line, stream):
-    """print at once. If nobody can read the stream any more, it asks for what a closed terminal asks for."""
+    """print at once. If the stream takes no more, it asks for what a closed terminal asks for."""
     try:
         print(line, file=stream, flush=True)
-    except OSError:                         # the terminal is gone, or what the output is piped into
+    except OSError as error:                # gone is the terminal, what reads the pipe, or the disk's space
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())          # later lines go nowhere
+        with contextlib.suppress(OSError):
+            print(f"{stream.name}: {error.strerror}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGHUP)
 
 
