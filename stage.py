@@ -87,7 +87,7 @@ def say(line):
 
 
 def write_line(line, stream):
-    """print at once. If the stream takes no more, it asks for what a closed terminal asks for."""
+    """print at once. If the stream takes no more, this process gets SIGHUP, as from a closed terminal."""
     try:
         print(line, file=stream, flush=True)
     except OSError as error:                # gone is the terminal, what reads the pipe, or the disk's space
